@@ -1,0 +1,106 @@
+"""Run coding agents unattended, next to a code-index watch, and leave nothing behind.
+
+The public names. Each is loaded when it is first used, so that `import supervise` costs little.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from supervise.agents.claude import ClaudeAgent
+    from supervise.agents.mock import MockAgent
+    from supervise.agents.protocol import Agent, AgentRun
+    from supervise.errors import (
+        BadInput,
+        IllegalTransition,
+        JobFailed,
+        JobNotDone,
+        MissingExtra,
+        SettingsError,
+        SpawnError,
+        SpecError,
+        SuperviseError,
+        UnsupportedPlatform,
+    )
+    from supervise.events import Event, EventsDropped
+    from supervise.job.handle import Job, JobState
+    from supervise.job.supervisor import Supervisor, open_job, open_supervisor, run_job
+    from supervise.model import (
+        AgentReport,
+        ExitStatus,
+        FailureKind,
+        IndexReport,
+        IndexStatus,
+        JobResult,
+        JobSpec,
+        Outcome,
+        StopPolicy,
+        Survivor,
+        Usage,
+        WatchMetrics,
+    )
+    from supervise.secrets import Secret
+    from supervise.settings import AgentSettings, IndexSettings, Settings
+
+_HOME = {
+    "supervise.agents.claude": ("ClaudeAgent",),
+    "supervise.agents.mock": ("MockAgent",),
+    "supervise.agents.protocol": ("Agent", "AgentRun"),
+    "supervise.errors": (
+        "BadInput",
+        "IllegalTransition",
+        "JobFailed",
+        "JobNotDone",
+        "MissingExtra",
+        "SettingsError",
+        "SpawnError",
+        "SpecError",
+        "SuperviseError",
+        "UnsupportedPlatform",
+    ),
+    "supervise.events": ("Event", "EventsDropped"),
+    "supervise.job.handle": ("Job", "JobState"),
+    "supervise.job.supervisor": ("Supervisor", "open_job", "open_supervisor", "run_job"),
+    "supervise.model": (
+        "AgentReport",
+        "ExitStatus",
+        "FailureKind",
+        "IndexReport",
+        "IndexStatus",
+        "JobResult",
+        "JobSpec",
+        "Outcome",
+        "StopPolicy",
+        "Survivor",
+        "Usage",
+        "WatchMetrics",
+    ),
+    "supervise.secrets": ("Secret",),
+    "supervise.settings": ("AgentSettings", "IndexSettings", "Settings"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [  # noqa: PLE0604  # the names are those of _HOME, kept in one place
+    "events",
+    *sorted(_MODULE_OF),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("trio-supervise")
+    if name == "events":
+        return import_module("supervise.events")
+    raise AttributeError(f"module 'supervise' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF, "__version__", "events"])

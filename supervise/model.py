@@ -1,0 +1,376 @@
+"""The values that go into a job and come out of it. attrs, frozen, validated; no Trio, no I/O."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from attrs import Factory, field, frozen
+
+from supervise.errors import JobFailed, SpecError
+from supervise.rules import rules
+from supervise.settings import IndexSettings
+
+__all__ = [
+    "AgentReport",
+    "ExitStatus",
+    "FailureKind",
+    "IndexReport",
+    "IndexStatus",
+    "JobResult",
+    "JobSpec",
+    "Outcome",
+    "StopPolicy",
+    "Survivor",
+    "Usage",
+    "WatchMetrics",
+    "new_job_id",
+]
+
+_r = rules(SpecError)
+JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Outcome(StrEnum):
+    """How a job ended."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+
+
+class FailureKind(StrEnum):
+    """Why a job failed."""
+
+    AGENT_ERROR = "agent_error"
+    AUTH = "auth"
+    QUOTA = "quota"
+    OVERLOADED = "overloaded"
+    NETWORK = "network"
+    REFUSED = "refused"
+    BUDGET = "budget"
+    MAX_TURNS = "max_turns"
+    STALLED = "stalled"
+    BAD_OUTPUT = "bad_output"
+    SPAWN = "spawn"
+    KILLED = "killed"
+
+
+class IndexStatus(StrEnum):
+    """What is known of the index. The first five are final; `watching` and `reconciling_fallback` are live."""
+
+    NONE = "none"
+    WATCH_TERMINATED = "watch_terminated"
+    READY_VIA_FALLBACK = "ready_via_fallback"
+    STALE = "stale"
+    FAILED = "failed"
+    WATCHING = "watching"
+    RECONCILING_FALLBACK = "reconciling_fallback"
+
+
+@frozen
+class ExitStatus:
+    """How a process ended: an exit code 0-255, or the name of the signal that ended it."""
+
+    code: int | None = None
+    signal: str | None = None
+
+    @classmethod
+    def of_signal(cls, number: int) -> ExitStatus:
+        """The status of a process that died of signal `number`."""
+        try:
+            return cls(signal=signal.Signals(number).name)
+        except ValueError:  # a real-time signal has no name in Python
+            return cls(signal=f"SIG{number}")
+
+    @property
+    def ok(self) -> bool:
+        """Exit code 0."""
+        return self.code == 0
+
+    def __str__(self) -> str:
+        return f"exit code {self.code}" if self.signal is None else f"signal {self.signal}"
+
+
+def _steps(value: Sequence[tuple[int, float]]) -> tuple[tuple[signal.Signals, float], ...]:
+    return tuple((signal.Signals(number), float(grace)) for number, grace in value)
+
+
+@frozen
+class StopPolicy:
+    """How a tree of processes is ended: each (signal, grace in seconds) in turn, SIGKILL at the end.
+
+    Attributes:
+        steps: signals with the time that the tree is given to end after each, in seconds.
+        kill_wait: how long the tree is waited for after SIGKILL, in seconds. What still lives then is
+            reported as a survivor.
+    """
+
+    steps: tuple[tuple[signal.Signals, float], ...] = field(
+        default=((signal.SIGTERM, 10.0),),
+        converter=_steps,
+        validator=_r.check(
+            lambda v: all(grace >= 0 for _, grace in v), "steps of a signal and a grace of 0 s or more"
+        ),
+    )
+    kill_wait: float = field(default=5.0, validator=_r.positive("seconds"))
+
+
+@frozen
+class Usage:
+    """Tokens as the agent reported them; never an estimate."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_creation_tokens: int = 0
+
+
+@frozen
+class Survivor:
+    """A process that could not be ended within `kill_wait`."""
+
+    pid: int
+    start_time: float  # seconds since the epoch
+    command: str
+    role: str
+    reason: str
+
+
+@frozen(kw_only=True)
+class WatchMetrics:
+    """What the watch of one job did, and what it saved.
+
+    Times of day are seconds since the epoch, lengths are seconds.
+    `saved_seconds` is the last reconcile of this workspace that is on record minus what this clean end took:
+    `None` where no reconcile was ever measured, or the watch did not end cleanly.
+    """
+
+    started_at: float | None = None
+    stopped_at: float | None = None
+    uptime: float = 0.0
+    starts: int = 0
+    crashes: int = 0
+    restarts: int = 0
+    fallbacks: int = 0
+    reconcile_seconds: float | None = None
+    flush_seconds: float | None = None
+    saved_seconds: float | None = None
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of watch starts that did not end in a crash; `None` if the watch never started."""
+        return None if self.starts == 0 else (self.starts - self.crashes) / self.starts
+
+
+@frozen(kw_only=True)
+class IndexReport:
+    """What became of the index.
+
+    Attributes:
+        status: one of the final statuses.
+        reason: why, in one line; empty for a clean end.
+        watch_restarts: how often the watch was started again after a crash.
+        stale: whether the stale mark stays on disk, so that the next job reconciles first.
+    """
+
+    status: IndexStatus = IndexStatus.NONE
+    reason: str = ""
+    watch_restarts: int = 0
+    stale: bool = False
+    metrics: WatchMetrics = WatchMetrics()
+
+
+@frozen(kw_only=True)
+class AgentReport:
+    """What an agent says of its run: the verdict and the numbers."""
+
+    failure_kind: FailureKind | None = None
+    error: str | None = None
+    text: str = ""
+    session_id: str | None = None
+    usage: Usage = Usage()
+    cost_usd: float | None = None
+    num_turns: int | None = None
+    permission_denials: int = 0
+    reset_at: float | None = None  # when a quota resets: seconds since the epoch
+    exit: ExitStatus | None = None
+    finished: bool = False  # a good last result was seen, whatever came after it
+    stdout_tail: str = ""
+    stderr_tail: str = ""
+
+
+@frozen(kw_only=True)
+class JobResult:
+    """What came out of a job. Returned for every outcome.
+
+    Attributes:
+        outcome: `completed`, `failed`, `timed_out` or `cancelled`.
+        failure_kind: why, for `failed`; else `None`.
+        exit_code, signal: how the agent's process ended; both `None` for an agent without a process.
+        text: the agent's final text, whole.
+        usage, cost_usd, num_turns, session_id: as the agent reported them.
+        index: what became of the index.
+        permission_denials: how many tool calls the agent was denied.
+        stdout_tail, stderr_tail: the end of the agent's output.
+        survivors: processes that could not be ended. Empty, or something is wrong on this machine.
+        duration_seconds: from the job's start to its end, the index settled.
+        error: one line, for every outcome but `completed`.
+        reset_at: when the quota resets (seconds since the epoch), where the agent said so.
+        started_at, ended_at: seconds since the epoch.
+    """
+
+    job_id: str
+    outcome: Outcome
+    failure_kind: FailureKind | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    text: str = ""
+    session_id: str | None = None
+    usage: Usage = Usage()
+    cost_usd: float | None = None
+    num_turns: int | None = None
+    index: IndexReport = IndexReport()
+    permission_denials: int = 0
+    stdout_tail: str = ""
+    stderr_tail: str = ""
+    survivors: tuple[Survivor, ...] = ()
+    duration_seconds: float = 0.0
+    error: str | None = None
+    reset_at: float | None = None
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    labels: dict[str, str] = Factory(dict)
+
+    def raise_for_outcome(self) -> JobResult:
+        """This result, if the job completed.
+
+        Raises:
+            JobFailed: for every other outcome; it carries this result.
+        """
+        if self.outcome is not Outcome.COMPLETED:
+            raise JobFailed(self)
+        return self
+
+
+def new_job_id() -> str:
+    """A fresh job id: sortable by time, unique without coordination."""
+    return time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(4)
+
+
+@runtime_checkable
+class AgentLike(Protocol):
+    """What a `JobSpec` must be given as its agent; the whole protocol is `supervise.agents.Agent`."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def run(self, run: Any) -> None: ...
+
+
+def _check_workspace(instance: JobSpec, attribute: Any, value: Path) -> None:
+    if not value.exists():
+        raise SpecError(
+            f"JobSpec.workspace is {str(value)!r}, which does not exist; create it or name another directory"
+        )
+    if not value.is_dir():
+        raise SpecError(
+            f"JobSpec.workspace is {str(value)!r}, which is no directory; name the directory to work in"
+        )
+
+
+def _mapping(value: Mapping[str, str] | None) -> dict[str, str]:
+    return dict(value or {})
+
+
+def _shown_env(value: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{name!r}: …" for name in value) + "}"
+
+
+@frozen(kw_only=True)
+class JobSpec:
+    """One job: what to do, where, and within which bounds.
+
+    Attributes:
+        prompt: what the agent is told. Not empty.
+        workspace: the directory that the agent works in. It must exist.
+        job_id: made if absent; `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
+        agent: who does the work: any object that follows `supervise.agents.Agent`. `None` is a `ClaudeAgent`
+            as the supervisor's settings say.
+        index: an `IndexSettings`; `None` for no index; `"settings"` for what the supervisor's settings say.
+        timeout: seconds from the agent's spawn until the agent is stopped; the reconcile is not included.
+        env: further environment of the agent. Values are taken for secrets where their names say so.
+        user: name of the user that the agent and the index run as (root only).
+        labels: free texts that come back in the result.
+
+    Raises:
+        SpecError: a bad value; the message names field, value and rule.
+    """
+
+    prompt: str = field(
+        repr=lambda text: repr(text if len(text) <= 60 else text[:57] + "…"),
+        validator=_r.check(
+            lambda v: isinstance(v, str) and bool(v.strip()) and "\0" not in v,
+            "a text that is not empty and has no NUL",
+        ),
+    )
+    workspace: Path = field(converter=lambda v: Path(os.path.abspath(v)), validator=_check_workspace)
+    job_id: str = field(
+        factory=new_job_id,
+        validator=_r.check(
+            lambda v: isinstance(v, str) and JOB_ID.fullmatch(v) is not None,
+            "1-128 letters, digits, '.', '_' or '-', the first a letter or digit",
+        ),
+    )
+    agent: AgentLike | None = field(
+        default=None,
+        validator=_r.check(
+            lambda v: v is None or isinstance(v, AgentLike),
+            "an agent: an object with a name and an async run()",
+        ),
+    )
+    index: IndexSettings | Literal["settings"] | None = field(
+        default="settings",
+        validator=_r.check(
+            lambda v: v is None or v == "settings" or isinstance(v, IndexSettings),
+            "an IndexSettings, None or 'settings'",
+        ),
+    )
+    timeout: float = field(default=600.0, validator=_r.positive("seconds"))
+    env: dict[str, str] = field(
+        factory=dict,
+        converter=_mapping,
+        repr=_shown_env,
+        validator=_r.check(
+            lambda v: all(
+                isinstance(n, str)
+                and n
+                and "=" not in n
+                and "\0" not in n
+                and isinstance(t, str)
+                and "\0" not in t
+                for n, t in v.items()
+            ),
+            "names and texts without NUL, names without '='",
+            hide=True,
+        ),
+    )
+    user: str | None = field(
+        default=None,
+        validator=_r.check(lambda v: v is None or (isinstance(v, str) and bool(v)), "a user's name or None"),
+    )
+    labels: dict[str, str] = field(
+        factory=dict,
+        converter=_mapping,
+        validator=_r.check(
+            lambda v: all(isinstance(n, str) and isinstance(t, str) for n, t in v.items()), "texts by name"
+        ),
+    )

@@ -1,0 +1,63 @@
+"""Rules for values: attrs validators whose message names the field, the value and the rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Validator = Callable[[Any, Any, Any], None]
+
+
+def rules(error: type[Exception]) -> Rules:
+    """The validators, raising `error`."""
+    return Rules(error)
+
+
+class Rules:
+    """A family of validators that raise one error type.
+
+    Each method returns a validator for `attrs.field(validator=…)`.
+    """
+
+    def __init__(self, error: type[Exception]) -> None:
+        self._error = error
+
+    def check(self, test: Callable[[Any], bool], rule: str, *, hide: bool = False) -> Validator:
+        """`test(value)` must hold; `rule` is the text after "must be"; `hide` keeps the value out."""
+
+        def validate(instance: Any, attribute: Any, value: Any) -> None:
+            if not test(value):
+                owner = getattr(type(instance), "PATH", type(instance).__name__)
+                name = f"{owner}.{attribute.name}" if owner else attribute.name
+                shown = "" if hide else f" is {_short(value)},"
+                raise self._error(f"{name}{shown} but must be {rule}")
+
+        return validate
+
+    def positive(self, unit: str) -> Validator:
+        return self.check(lambda v: _number(v) and v > 0, f"a number of {unit} above 0")
+
+    def not_negative(self, unit: str) -> Validator:
+        return self.check(lambda v: _number(v) and v >= 0, f"a number of {unit}, 0 or more")
+
+    def count(self, least: int) -> Validator:
+        return self.check(
+            lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
+            f"a whole number, {least} or more",
+        )
+
+    def one_of(self, *choices: str) -> Validator:
+        return self.check(lambda v: v in choices, "one of " + ", ".join(choices))
+
+    def instance(self, kind: type | tuple[type, ...], rule: str) -> Validator:
+        return self.check(lambda v: isinstance(v, kind), rule)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
