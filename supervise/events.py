@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import attrs
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 
 from supervise.model import IndexStatus, JobResult, Usage
 
-#: What a published event holds of any one text, in characters. The whole text is in the log, and in the result.
+#: What a published event holds of any one text, in characters. The whole is in the log, and in the result.
 TEXT_LIMIT = 16 * 1024
 
 EVENT_TYPES: dict[str, type[Event]] = {}
@@ -62,7 +62,7 @@ class StateChanged(Event):
 
 @frozen(kw_only=True)
 class CancelRequested(Event):
-    """Somebody asked the job to end; `step` counts how often: each time goes to the next step of the stop policy."""
+    """Somebody asked the job to end. `step` counts how often: each time goes on to the stop policy's next step."""
 
     type: ClassVar[str] = "cancel"
     reason: str
@@ -168,7 +168,7 @@ class TreeEmpty(Event):
 
 @frozen(kw_only=True)
 class OutputTruncated(Event):
-    """Output was dropped from a log (its size limit, or the disk) or ended late (a stranger holds the pipe)."""
+    """Output was dropped from a log (size limit, or the disk) or ended late (a stranger holds the pipe)."""
 
     type: ClassVar[str] = "output_truncated"
     role: str
@@ -217,8 +217,8 @@ class AgentEvent(Event):
     """Something that the agent said.
 
     Attributes:
-        raw: the whole line as the agent printed it, unknown fields included; `None` where the line was too long
-            to be kept in an event.
+        raw: the whole line as the agent printed it, unknown fields included; `None` where the line was too
+            long to be kept in an event.
     """
 
     type: ClassVar[str] = "agent"
@@ -320,7 +320,7 @@ class AgentResult(AgentEvent):
     text: str = ""
     errors: tuple[str, ...] = ()
     session_id: str | None = None
-    usage: Usage = Usage()
+    usage: Usage = Factory(Usage)
     cost_usd: float | None = None
     num_turns: int | None = None
     duration: float | None = None
@@ -379,6 +379,8 @@ def published(event: E, *, time: float, job_id: str) -> E:
     changes: dict[str, Any] = {"time": time, "job_id": job_id}
     if isinstance(event, AgentEvent):
         for attribute in attrs.fields(type(event)):
+            if attribute.name in changes:
+                continue
             value = getattr(event, attribute.name)
             if isinstance(value, str):
                 if len(value) > TEXT_LIMIT:

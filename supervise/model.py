@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
 import signal
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -15,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from attrs import Factory, field, frozen
 
 from supervise.errors import JobFailed, SpecError
-from supervise.rules import rules
+from supervise.rules import is_environment, rules
 from supervise.settings import IndexSettings
 
 __all__ = [
@@ -65,7 +67,7 @@ class FailureKind(StrEnum):
 
 
 class IndexStatus(StrEnum):
-    """What is known of the index. The first five are final; `watching` and `reconciling_fallback` are live."""
+    """What is known of the index. The first five are final, `watching` and `reconciling_fallback` are live."""
 
     NONE = "none"
     WATCH_TERMINATED = "watch_terminated"
@@ -100,8 +102,25 @@ class ExitStatus:
         return f"exit code {self.code}" if self.signal is None else f"signal {self.signal}"
 
 
+# The converters leave alone what they do not understand: the validator behind them can name the field.
+
+
 def _steps(value: Sequence[tuple[int, float]]) -> tuple[tuple[signal.Signals, float], ...]:
-    return tuple((signal.Signals(number), float(grace)) for number, grace in value)
+    try:
+        return tuple((signal.Signals(number), float(grace)) for number, grace in value)
+    except (TypeError, ValueError, OverflowError):
+        return value  # type: ignore[return-value]
+
+
+def _are_steps(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(step, tuple)
+        and len(step) == 2
+        and isinstance(step[0], signal.Signals)
+        and isinstance(step[1], float)
+        and 0 <= step[1] < math.inf
+        for step in value
+    )
 
 
 @frozen
@@ -117,9 +136,7 @@ class StopPolicy:
     steps: tuple[tuple[signal.Signals, float], ...] = field(
         default=((signal.SIGTERM, 10.0),),
         converter=_steps,
-        validator=_r.check(
-            lambda v: all(grace >= 0 for _, grace in v), "steps of a signal and a grace of 0 s or more"
-        ),
+        validator=_r.check(_are_steps, "steps of a signal and a grace of 0 s or more"),
     )
     kill_wait: float = field(default=5.0, validator=_r.positive("seconds"))
 
@@ -276,18 +293,34 @@ class AgentLike(Protocol):
     async def run(self, run: Any) -> None: ...
 
 
+def _absolute(value: str | os.PathLike[str]) -> Path:
+    # Without the rule for the empty text it would be the working directory.
+    if value == "" or not isinstance(value, str | os.PathLike):
+        return value  # type: ignore[return-value]
+    path = Path(value)
+    # abspath() of some Pythons cuts at a NUL; the validator refuses it.
+    return path if "\0" in str(path) else Path(os.path.abspath(path))
+
+
 def _check_workspace(instance: JobSpec, attribute: Any, value: Path) -> None:
-    if not value.exists():
-        raise SpecError(
-            f"JobSpec.workspace is {str(value)!r}, which does not exist; create it or name another directory"
-        )
-    if not value.is_dir():
-        raise SpecError(
-            f"JobSpec.workspace is {str(value)!r}, which is no directory; name the directory to work in"
-        )
+    if not isinstance(value, Path):
+        raise SpecError(f"JobSpec.workspace is {value!r} but must be the path of a directory")
+    try:
+        kind = value.stat().st_mode
+    except FileNotFoundError:
+        problem = "does not exist; create it or name another directory"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be looked at ({getattr(error, 'strerror', None) or error}); name another directory"
+    else:
+        if stat.S_ISDIR(kind):
+            return
+        problem = "is no directory; name the directory to work in"
+    raise SpecError(f"JobSpec.workspace is {str(value)!r}, which {problem}")
 
 
 def _mapping(value: Mapping[str, str] | None) -> dict[str, str]:
+    if value is not None and not isinstance(value, Mapping):
+        return value  # type: ignore[unreachable]  # callers without a type checker
     return dict(value or {})
 
 
@@ -322,7 +355,7 @@ class JobSpec:
             "a text that is not empty and has no NUL",
         ),
     )
-    workspace: Path = field(converter=lambda v: Path(os.path.abspath(v)), validator=_check_workspace)
+    workspace: Path = field(converter=_absolute, validator=_check_workspace)
     job_id: str = field(
         factory=new_job_id,
         validator=_r.check(
@@ -349,19 +382,7 @@ class JobSpec:
         factory=dict,
         converter=_mapping,
         repr=_shown_env,
-        validator=_r.check(
-            lambda v: all(
-                isinstance(n, str)
-                and n
-                and "=" not in n
-                and "\0" not in n
-                and isinstance(t, str)
-                and "\0" not in t
-                for n, t in v.items()
-            ),
-            "names and texts without NUL, names without '='",
-            hide=True,
-        ),
+        validator=_r.check(is_environment, "names and texts without NUL, names without '='", hide=True),
     )
     user: str | None = field(
         default=None,
@@ -371,6 +392,7 @@ class JobSpec:
         factory=dict,
         converter=_mapping,
         validator=_r.check(
-            lambda v: all(isinstance(n, str) and isinstance(t, str) for n, t in v.items()), "texts by name"
+            lambda v: isinstance(v, dict) and all(isinstance(n, str) and isinstance(t, str) for n, t in v.items()),
+            "texts by name",
         ),
     )

@@ -30,8 +30,8 @@ class Rules:
             if not test(value):
                 owner = getattr(type(instance), "PATH", type(instance).__name__)
                 name = f"{owner}.{attribute.name}" if owner else attribute.name
-                shown = "" if hide else f" is {_short(value)},"
-                raise self._error(f"{name}{shown} but must be {rule}")
+                shown = "" if hide else f" is {_short(value)}, but"
+                raise self._error(f"{name}{shown} must be {rule}")
 
         return validate
 
@@ -41,10 +41,10 @@ class Rules:
     def not_negative(self, unit: str) -> Validator:
         return self.check(lambda v: _number(v) and v >= 0, f"a number of {unit}, 0 or more")
 
-    def count(self, least: int) -> Validator:
+    def count(self, least: int, most: int | None = None) -> Validator:
         return self.check(
-            lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
-            f"a whole number, {least} or more",
+            lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least and (most is None or v <= most),
+            f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}",
         )
 
     def one_of(self, *choices: str) -> Validator:
@@ -54,10 +54,26 @@ class Rules:
         return self.check(lambda v: isinstance(v, kind), rule)
 
 
+def is_environment(value: object) -> bool:
+    """Whether `value` can be (a part of) a process's environment."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and name and not {"=", "\0"} & {*name} and isinstance(text, str) and "\0" not in text
+        for name, text in value.items()
+    )
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer past every float
+        return False
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python will print
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else text[:79] + "…"

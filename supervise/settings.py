@@ -1,8 +1,10 @@
-"""One tree of settings. Values only: `Settings()` reads nothing; `Settings.load()` reads file and environment.
+"""One tree of settings. Values only: `Settings()` reads nothing, `Settings.load()` file and environment.
 
 Every bound in the library is here, with its unit. The names are those of the environment
 (`SUPERVISE_INDEX__STARTUP_TIMEOUT=5`) and of the TOML file (`[index] startup_timeout = 5`).
 """
+
+# ruff: noqa: RUF009  # `_setting` is attrs' `field`, not a default value that all instances would share
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from attrs import Factory, field, frozen
 
 from supervise.errors import SettingsError
-from supervise.rules import Validator, rules
+from supervise.rules import Validator, is_environment, rules
 from supervise.secrets import Secret
 
 __all__ = [
@@ -40,8 +42,11 @@ def _setting(
         validator=validator,
         converter=converter,
         metadata={"help": help, "unit": unit},
-        kw_only=True,
     )
+
+
+def _part(cls: type) -> Any:
+    return field(factory=cls, validator=_r.instance(cls, f"of class {cls.__name__}"))
 
 
 def _seconds(default: float, help: str, *, zero: bool = False) -> Any:
@@ -49,31 +54,38 @@ def _seconds(default: float, help: str, *, zero: bool = False) -> Any:
     return _setting(default, help, unit="s", validator=rule)
 
 
-def _words(value: str | Sequence[str]) -> tuple[str, ...]:
+def _switch(default: bool, help: str) -> Any:
+    return _setting(default, help, validator=_r.instance(bool, "true or false"))
+
+
+# The converters leave alone what they do not understand: the validator behind them can name the setting.
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
+
+
+def _words(value: Any) -> Any:
     """A command: a program, or a program and its first arguments."""
-    return (value,) if isinstance(value, str) else tuple(value)
+    return (value,) if isinstance(value, str) else _tuple(value)
 
 
-def _names(value: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise SettingsError(f"a list of names is wanted, not the text {value!r}: write [{value!r}]")
-    return tuple(value)
-
-
-def _secret(value: str | Secret | None) -> Secret | None:
+def _secret(value: Any) -> Any:
     return Secret(value) if isinstance(value, str) else value
 
 
-def _path(value: str | os.PathLike[str] | None) -> Path | None:
-    return None if value is None else Path(value)
+def _path(value: Any) -> Any:
+    """Without the rule for the empty text it would be the working directory."""
+    return Path(value) if value != "" and isinstance(value, str | os.PathLike) else value
 
 
-def _paths(value: Sequence[str | os.PathLike[str]]) -> tuple[Path, ...]:
-    return tuple(Path(item) for item in _names(value))  # type: ignore[arg-type]  # paths are names here
+def _paths(value: Any) -> Any:
+    items = _tuple(value)
+    return tuple(_path(item) for item in items) if isinstance(items, tuple) else items
 
 
-def _env(value: Mapping[str, str]) -> dict[str, str]:
-    return dict(value)
+def _env(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _shown_env(value: Mapping[str, str]) -> str:
@@ -81,18 +93,25 @@ def _shown_env(value: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{name!r}: …" for name in value) + "}"
 
 
+def _is_path(value: object) -> bool:
+    return isinstance(value, Path) and "\0" not in str(value)
+
+
 _command = _r.check(
-    lambda v: bool(v) and all(isinstance(w, str) and w and "\0" not in w for w in v),
+    lambda v: isinstance(v, tuple) and bool(v) and all(isinstance(w, str) and w and "\0" not in w for w in v),
     "a program and its arguments",
 )
-_environment = _r.check(
-    lambda v: all(
-        isinstance(n, str) and n and "=" not in n and "\0" not in n and isinstance(t, str) and "\0" not in t
-        for n, t in v.items()
-    ),
-    "names and texts without NUL, names without '='",
-    hide=True,
+_names = _r.check(
+    lambda v: isinstance(v, tuple) and all(isinstance(n, str) and n and not {"=", "\0"} & {*n} for n in v),
+    "a list of names",
 )
+_a_path = _r.check(_is_path, "a path")
+_path_or_none = _r.check(lambda v: v is None or _is_path(v), "a path")
+_all_paths = _r.check(lambda v: isinstance(v, tuple) and all(map(_is_path, v)), "a list of paths")
+_secret_or_none = _r.check(
+    lambda v: v is None or (isinstance(v, Secret) and "\0" not in v.reveal()), "a text without NUL", hide=True
+)
+_environment = _r.check(is_environment, "names and texts without NUL, names without '='", hide=True)
 
 
 def home_of_user() -> Path:
@@ -103,7 +122,7 @@ def home_of_user() -> Path:
         return Path(tempfile.gettempdir()) / f"supervise-{os.getuid()}"
 
 
-@frozen
+@frozen(kw_only=True)
 class AgentSettings:
     """How the agent is run."""
 
@@ -114,19 +133,19 @@ class AgentSettings:
     )
     termination_timeout: float = _seconds(10.0, "between SIGTERM and SIGKILL to the agent's tree", zero=True)
     pass_env: tuple[str, ...] = _setting(
-        (), "names of further environment variables that the agent gets", converter=_names
+        (),
+        "names of further environment variables that the agent gets",
+        converter=_tuple,
+        validator=_names,
     )
     env: dict[str, str] = field(
         factory=dict,
         converter=_env,
         validator=_environment,
         repr=_shown_env,
-        kw_only=True,
         metadata={"help": "further environment of the agent, name to value", "unit": ""},
     )
-    exit_linger: float = _seconds(
-        30.0, "silence after a good last result, after which the agent is stopped", zero=True
-    )
+    exit_linger: float = _seconds(30.0, "silence after a good last result, after which the agent is stopped", zero=True)
     max_line: int = _setting(
         64 * 1024 * 1024,
         "longest line of the agent's output that is understood",
@@ -135,7 +154,7 @@ class AgentSettings:
     )
 
 
-@frozen
+@frozen(kw_only=True)
 class IndexSettings:
     """The code index that lives beside the agent."""
 
@@ -149,43 +168,47 @@ class IndexSettings:
     command: tuple[str, ...] = _setting(
         ("cidx",), "program (and first arguments) of the indexer", converter=_words, validator=_command
     )
-    watch_enabled: bool = _setting(True, "run `cidx watch` beside the agent")
+    watch_enabled: bool = _switch(True, "run `cidx watch` beside the agent")
     startup_timeout: float = _seconds(30.0, "how long the agent waits for the index at most", zero=True)
-    assume_fresh: bool = _setting(False, "take a workspace that was never seen before for indexed")
-    settle_time: float = _seconds(
-        2.0, "a watch that has lived so long lets the agent start, untrusted", zero=True
-    )
+    assume_fresh: bool = _switch(False, "take a workspace that was never seen before for indexed")
+    settle_time: float = _seconds(2.0, "a watch that has lived so long lets the agent start, untrusted", zero=True)
     flush_timeout: float = _seconds(5.0, "between SIGINT (flush) and SIGTERM to the watch", zero=True)
     termination_timeout: float = _seconds(10.0, "between SIGTERM and SIGKILL to the watch's tree", zero=True)
-    fallback_to_reconcile: bool = _setting(True, "reconcile when the watch cannot be trusted")
+    fallback_to_reconcile: bool = _switch(True, "reconcile when the watch cannot be trusted")
     reconcile_timeout: float = _seconds(600.0, "longest `cidx index --reconcile`")
-    reconcile_on_cancel: bool = _setting(False, "reconcile also after the job was cancelled")
+    reconcile_on_cancel: bool = _switch(False, "reconcile also after the job was cancelled")
     command_timeout: float = _seconds(30.0, "longest `cidx start`, `fix-config` and `stop`, each")
     voyage_api_key: Secret | None = _setting(
-        None, "key of the embedding service; the index alone gets it", converter=_secret
+        None, "key of the embedding service; the index alone gets it", converter=_secret, validator=_secret_or_none
     )
 
 
-@frozen
+@frozen(kw_only=True)
 class WorkerSettings:
     """The worker that takes tasks from a directory."""
 
     PATH: ClassVar[str] = "worker"
 
-    root: Path | None = _setting(None, "directory that holds tasks/, running/, results/ …", converter=_path)
-    workspace: Path | None = _setting(None, "workspace of tasks that name none", converter=_path)
+    root: Path | None = _setting(
+        None, "directory that holds tasks/, running/, results/ …", converter=_path, validator=_path_or_none
+    )
+    workspace: Path | None = _setting(
+        None, "workspace of tasks that name none", converter=_path, validator=_path_or_none
+    )
     workspaces: tuple[Path, ...] = _setting(
-        (), "directories under which a task's workspace may lie", converter=_paths
+        (), "directories under which a task's workspace may lie", converter=_paths, validator=_all_paths
     )
     max_concurrent: int = _setting(3, "jobs at a time", validator=_r.count(1))
     max_attempts: int = _setting(3, "attempts at a task", validator=_r.count(1))
     backoff_base: float = _seconds(1.0, "first pause before a retry")
     backoff_cap: float = _seconds(300.0, "longest pause before a retry")
-    lock_file: Path | None = _setting(None, "lock file of the single instance", converter=_path)
+    lock_file: Path | None = _setting(
+        None, "lock file of the single instance", converter=_path, validator=_path_or_none
+    )
     drain_timeout: float = _seconds(600.0, "how long a draining worker waits for its jobs", zero=True)
 
 
-@frozen
+@frozen(kw_only=True)
 class BreakerSettings:
     """The circuit breaker."""
 
@@ -195,27 +218,35 @@ class BreakerSettings:
     reset_after: float = _seconds(60.0, "how long an open breaker waits before its probe")
 
 
-@frozen
+@frozen(kw_only=True)
 class RedisSettings:
     """The Redis that carries requests past one machine."""
 
     PATH: ClassVar[str] = "redis"
 
-    url: Secret | None = _setting(None, "address, such as redis://127.0.0.1:6379/0", converter=_secret)
+    url: Secret | None = _setting(
+        None, "address, such as redis://127.0.0.1:6379/0", converter=_secret, validator=_secret_or_none
+    )
 
 
-@frozen
+@frozen(kw_only=True)
 class HttpSettings:
     """The HTTP pages."""
 
     PATH: ClassVar[str] = "http"
 
-    host: str = _setting("127.0.0.1", "address to listen on")
-    port: int = _setting(8787, "port to listen on, 0 for any", validator=_r.count(0))
-    token: Secret | None = _setting(None, "bearer token that callers must show", converter=_secret)
+    host: str = _setting(
+        "127.0.0.1",
+        "address to listen on",
+        validator=_r.check(lambda v: isinstance(v, str) and bool(v), "an address or a name"),
+    )
+    port: int = _setting(8787, "port to listen on, 0 for any", validator=_r.count(0, 65535))
+    token: Secret | None = _setting(
+        None, "bearer token that callers must show", converter=_secret, validator=_secret_or_none
+    )
 
 
-@frozen
+@frozen(kw_only=True)
 class Settings:
     """All settings, with their defaults. Immutable; `attrs.evolve` makes a changed copy."""
 
@@ -224,16 +255,15 @@ class Settings:
     state_dir: Path = _setting(
         Factory(lambda: home_of_user() / ".local" / "state" / "supervise"),
         "where stale marks, results, heartbeats and logs are kept",
-        converter=Path,
+        converter=_path,
+        validator=_a_path,
     )
     executor: Literal["local", "mock", "redis", "http"] = _setting(
         "local",
         "who runs jobs: local, mock, redis or http",
         validator=_r.one_of("local", "mock", "redis", "http"),
     )
-    orphan_grace: float = _seconds(
-        1.0, "between SIGTERM and SIGKILL for children whose supervisor died", zero=True
-    )
+    orphan_grace: float = _seconds(1.0, "between SIGTERM and SIGKILL for children whose supervisor died", zero=True)
     heartbeat_interval: float = _seconds(10.0, "between two heartbeats of a job")
     kill_wait: float = _seconds(5.0, "how long a tree is waited for after SIGKILL")
     pipe_timeout: float = _seconds(5.0, "how long output is read after the tree is empty", zero=True)
@@ -243,15 +273,13 @@ class Settings:
         unit="B",
         validator=_r.count(65536),
     )
-    tail_bytes: int = _setting(
-        64 * 1024, "size of the output tails in a result", unit="B", validator=_r.count(0)
-    )
-    agent: AgentSettings = field(factory=AgentSettings, kw_only=True)
-    index: IndexSettings = field(factory=IndexSettings, kw_only=True)
-    worker: WorkerSettings = field(factory=WorkerSettings, kw_only=True)
-    breaker: BreakerSettings = field(factory=BreakerSettings, kw_only=True)
-    redis: RedisSettings = field(factory=RedisSettings, kw_only=True)
-    http: HttpSettings = field(factory=HttpSettings, kw_only=True)
+    tail_bytes: int = _setting(64 * 1024, "size of the output tails in a result", unit="B", validator=_r.count(0))
+    agent: AgentSettings = _part(AgentSettings)
+    index: IndexSettings = _part(IndexSettings)
+    worker: WorkerSettings = _part(WorkerSettings)
+    breaker: BreakerSettings = _part(BreakerSettings)
+    redis: RedisSettings = _part(RedisSettings)
+    http: HttpSettings = _part(HttpSettings)
 
     @classmethod
     def load(
@@ -267,7 +295,8 @@ class Settings:
             config: the TOML file to read. Without it, `supervise/supervise.toml` in the user's configuration
                 directory is read if it is there. A file in the working directory is never read by itself.
             environ: the environment; default `os.environ`.
-            overrides: dotted names to values, such as `{"index.startup_timeout": 5}`: what a command line said.
+            overrides: dotted names to values, such as `{"index.startup_timeout": 5}`: what a command line
+                said. Texts are understood as in the environment.
 
         Raises:
             SettingsError: an unknown name (with the nearest right one), a bad value, a file that is missing
@@ -276,6 +305,4 @@ class Settings:
         """
         from supervise.settings_sources import load
 
-        return load(
-            config=config, environ=os.environ if environ is None else environ, overrides=overrides or {}
-        )
+        return load(config=config, environ=os.environ if environ is None else environ, overrides=overrides or {})

@@ -1,0 +1,378 @@
+"""The stream-json lines of the Claude CLI: bytes in, events out. No Trio, no I/O.
+
+The CLI prints one JSON object a line and adds kinds and fields with every version. So `_READERS` is short on
+purpose: a line that is not in it passes through as an `UnknownEvent`, a field of an odd type counts as
+missing, and every event carries the whole line in `raw`.
+
+One rule is not visible in a single line. `usage` of a result counts its own turn, `modelUsage` counts the
+whole process, as the cost does. So the sums over `modelUsage` count from the second result line on, and where
+`usage` says nothing at all (the CLI reports zeros when its budget is spent).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, final
+
+import orjson
+
+from supervise.events import (
+    AgentEvent,
+    AgentInit,
+    AgentPartial,
+    AgentPermissionDenied,
+    AgentResult,
+    AgentRetry,
+    AgentText,
+    AgentThinking,
+    AgentToolResult,
+    AgentToolUse,
+    BadLine,
+    UnknownEvent,
+)
+from supervise.model import Usage
+
+__all__ = ["MAX_LINE", "StreamJsonParser"]
+
+MAX_LINE = 64 * 1024 * 1024
+
+_PIECE = 64 * 1024  # what is looked at in one go, so that little more than `max_line` is ever copied
+_EXCERPT = 200  # bytes of a bad line that its event shows
+_COUNT_LIMIT = 2**53  # above it JSON numbers are not exact, and no honest count gets there
+_NUMBER_LIMIT = 1e12
+_MS = 1e-3  # seconds in a millisecond
+
+Raw = dict[str, Any]
+
+
+@final
+class StreamJsonParser:
+    """Turns the output of one agent process into events, however the bytes are cut.
+
+    Memory is bounded by `max_line` (bytes of one line, its newline not counted): a longer line is reported
+    as soon as it passes the limit, and the rest of it is skipped.
+    """
+
+    def __init__(self, max_line: int = MAX_LINE) -> None:
+        self._max_line = max_line
+        self._held = bytearray()  # the line that has begun; a bytearray grows in place, so no copying twice
+        self._skipping = False  # the line that has begun is too long, and was reported
+        self._results = 0
+        self._reset_at: float | None = None  # from a line before the result
+
+    def feed(self, data: bytes) -> list[AgentEvent]:
+        """The events of all lines that end within `data`. Never raises, whatever the bytes."""
+        events: list[AgentEvent] = []
+        for start in range(0, len(data), _PIECE):
+            first, *lines = data[start : start + _PIECE].split(b"\n")
+            self._hold(first, events)
+            if lines:
+                self._end_line(events)
+                last = lines.pop()
+                for line in lines:
+                    if len(line) <= self._max_line:
+                        self._read(line, events)
+                    else:
+                        events.append(self._too_long(line))
+                self._hold(last, events)
+        return events
+
+    def close(self) -> list[AgentEvent]:
+        """The events of a last line without a newline."""
+        events: list[AgentEvent] = []
+        self._end_line(events)
+        return events
+
+    def _hold(self, piece: bytes, events: list[AgentEvent]) -> None:
+        if self._skipping:
+            return
+        self._held += piece
+        if len(self._held) > self._max_line:
+            events.append(self._too_long(self._held))
+            self._held = bytearray()
+            self._skipping = True
+
+    def _too_long(self, line: bytes | bytearray) -> BadLine:
+        # The size is where the limit was passed, so that it does not depend on how the bytes were cut.
+        size = self._max_line + 1
+        reason = f"longer than {self._max_line} bytes"
+        return BadLine(reason=reason, excerpt=_excerpt(line[: min(size, _EXCERPT)]), size=size, too_long=True)
+
+    def _end_line(self, events: list[AgentEvent]) -> None:
+        line, self._held = self._held, bytearray()
+        self._skipping = False
+        self._read(line, events)
+
+    def _read(self, line: bytes | bytearray, events: list[AgentEvent]) -> None:
+        try:
+            raw = _load(line)
+        except (ValueError, RecursionError) as error:
+            if line.strip():
+                events.append(_bad(line, _why(error)))
+            return
+        if type(raw) is not dict:
+            events.append(_bad(line, "not an object"))
+            return
+        kind = _text(raw, "type")
+        if kind == "result":
+            events.append(self._result(raw))
+            return
+        reader = _SYSTEM_READERS.get(_text(raw, "subtype")) if kind == "system" else _READERS.get(kind)
+        if reader is not None and (found := reader(raw)):
+            events += found
+            return
+        if "rate_limit" in kind:
+            self._reset_at = _reset_field(raw) or self._reset_at
+        events.append(UnknownEvent(raw=raw, kind=kind, subtype=_text(raw, "subtype")))
+
+    def _result(self, raw: Raw) -> AgentResult:
+        self._results += 1
+        get = raw.get
+        subtype = s if type(s := get("subtype")) is str else ""
+        is_error = get("is_error")
+        if type(is_error) is not bool:
+            is_error = subtype != "success"  # success is to be said, not to be assumed
+        text = s if type(s := get("result")) is str else ""
+        errors: tuple[str, ...] = ()
+        if "errors" in raw:
+            errors = tuple(error for error in _list(raw, "errors") if type(error) is str)
+        reset_at = None
+        if is_error:  # the text of a success is the agent's own, whatever it quotes
+            reset_at = _reset_field(raw) or _reset_text(text, *errors) or self._reset_at
+        return AgentResult(
+            raw=raw,
+            is_error=is_error,
+            subtype=subtype,
+            text=text,
+            errors=errors,
+            session_id=s if type(s := get("session_id")) is str else None,
+            usage=_usage(raw, several=self._results > 1),
+            cost_usd=_number(raw, "total_cost_usd"),
+            num_turns=_count(raw, "num_turns"),
+            duration=_number(raw, "duration_ms", _MS),
+            api_duration=_number(raw, "duration_api_ms", _MS),
+            stop_reason=s if type(s := get("stop_reason")) is str else None,
+            terminal_reason=s if type(s := get("terminal_reason")) is str else None,
+            api_status=_count(raw, "api_error_status"),
+            api_error=s if type(s := get("api_error")) is str else None,
+            permission_denials=len(s) if type(s := get("permission_denials")) is list else 0,
+            reset_at=reset_at,
+        )
+
+
+# --- lines -------------------------------------------------------------------------------------------------
+
+
+def _load(line: bytes | bytearray) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # orjson refuses lone surrogates, json does not. Decoded here: json would take UTF-16 bytes as well.
+        return json.loads(line.decode())
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not JSON: {error}"
+
+
+def _bad(line: bytes | bytearray, reason: str) -> BadLine:
+    return BadLine(reason=reason, excerpt=_excerpt(line), size=len(line))
+
+
+def _excerpt(line: bytes | bytearray) -> str:
+    return line[:_EXCERPT].decode(errors="replace").rstrip("\r")
+
+
+# --- readers: the events of one line; none where nothing in it was understood --------------------------------
+
+
+def _init(raw: Raw) -> list[AgentEvent]:
+    return [
+        AgentInit(
+            raw=raw,
+            session_id=_text_or_none(raw, "session_id"),
+            model=_text_or_none(raw, "model"),
+            cwd=_text_or_none(raw, "cwd"),
+            permission_mode=_text_or_none(raw, "permissionMode"),
+            version=_text_or_none(raw, "claude_code_version"),
+        )
+    ]
+
+
+def _retry(raw: Raw) -> list[AgentEvent]:
+    return [
+        AgentRetry(
+            raw=raw,
+            attempt=_count(raw, "attempt"),
+            max_retries=_count(raw, "max_retries"),
+            delay=_number(raw, "retry_delay_ms", _MS),
+            status=_count(raw, "error_status"),
+            error=_text_or_none(raw, "error"),
+        )
+    ]
+
+
+def _permission_denied(raw: Raw) -> list[AgentEvent]:
+    return [
+        AgentPermissionDenied(
+            raw=raw,
+            tool=_text(raw, "tool_name"),
+            id=_text(raw, "tool_use_id"),
+            message=_text(raw, "message"),
+        )
+    ]
+
+
+def _assistant(raw: Raw) -> list[AgentEvent]:
+    events: list[AgentEvent] = []
+    for block in _list(_table(raw, "message"), "content"):
+        kind = _text(block, "type") if type(block) is dict else ""
+        if kind == "text":
+            events.append(AgentText(raw=raw, text=_text(block, "text")))
+        elif kind == "thinking":
+            events.append(AgentThinking(raw=raw, text=_text(block, "thinking")))
+        elif kind == "tool_use":
+            name = _text(block, "name")
+            events.append(AgentToolUse(raw=raw, id=_text(block, "id"), name=name, input=block.get("input")))
+    return events
+
+
+def _user(raw: Raw) -> list[AgentEvent]:
+    return [
+        AgentToolResult(
+            raw=raw,
+            id=_text(block, "tool_use_id"),
+            text=_joined(block.get("content")),
+            is_error=block.get("is_error") is True,
+        )
+        for block in _list(_table(raw, "message"), "content")
+        if type(block) is dict and block.get("type") == "tool_result"
+    ]
+
+
+def _partial(raw: Raw) -> list[AgentEvent]:
+    delta = _table(_table(raw, "event"), "delta")
+    return [AgentPartial(raw=raw, text=_text(delta, "text") if delta.get("type") == "text_delta" else "")]
+
+
+_Reader = Callable[[Raw], list[AgentEvent]]
+
+_READERS: dict[str, _Reader] = {
+    "assistant": _assistant,
+    "user": _user,
+    "stream_event": _partial,
+}
+_SYSTEM_READERS: dict[str, _Reader] = {
+    "init": _init,
+    "api_retry": _retry,
+    "permission_denied": _permission_denied,
+}
+
+
+# --- fields: one of an odd type counts as missing ------------------------------------------------------------
+# Parsed JSON holds exact types only, so `type(value) is int` is the short and fast way to leave bool out.
+
+
+def _text(table: Raw, key: str) -> str:
+    value = table.get(key)
+    return value if type(value) is str else ""
+
+
+def _text_or_none(table: Raw, key: str) -> str | None:
+    value = table.get(key)
+    return value if type(value) is str else None
+
+
+def _table(table: Raw, key: str) -> Raw:
+    value = table.get(key)
+    return value if type(value) is dict else {}
+
+
+def _list(table: Raw, key: str) -> list[Any]:
+    value = table.get(key)
+    return value if type(value) is list else []
+
+
+def _count(table: Raw, key: str) -> int | None:
+    value = table.get(key)
+    return value if type(value) is int and 0 <= value < _COUNT_LIMIT else None
+
+
+def _number(table: Raw, key: str, scale: float = 1.0) -> float | None:
+    value = table.get(key)
+    # The comparison comes before the arithmetic: NaN fails it, and a huge integer never becomes a float.
+    if (type(value) is float or type(value) is int) and 0 <= value < _NUMBER_LIMIT:
+        return value * scale
+    return None
+
+
+def _joined(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, list) else []
+    return "\n".join(_text(block, "text") for block in blocks if type(block) is dict and "text" in block)
+
+
+def _usage(raw: Raw, *, several: bool) -> Usage:
+    usage = _tokens(_table(raw, "usage"), _TURN_COUNTS)
+    if several or not any(usage):
+        models = [model for model in _table(raw, "modelUsage").values() if type(model) is dict]
+        if models:
+            usage = [sum(c) for c in zip(*(_tokens(model, _MODEL_COUNTS) for model in models))]
+    return Usage(*usage)
+
+def _tokens(table: Raw, names: tuple[str, ...]) -> list[int]:
+    return [n if type(n) is int and 0 <= n < _COUNT_LIMIT else 0 for n in map(table.get, names)]
+
+# In the order of the fields of `Usage`.
+_TURN_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+_MODEL_COUNTS = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
+
+
+# --- when a quota resets: only where it is clearly said ------------------------------------------------------
+
+_RESET_FIELDS = ("resetsAt", "resetAt", "resets_at", "reset_at")
+_RESET_TEXT = re.compile(
+    r"(?:limit reached\||\bresets? at:? )(\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d)|\d{13}|\d{10})\b",
+    re.IGNORECASE,
+)
+
+
+def _reset_field(raw: Raw) -> float | None:
+    """The reset time in a field of the line, or of its table about the limit."""
+    for table in (raw, _table(raw, "rate_limit_info")):
+        # A window that still lets requests pass says when it ends, too; that is no reset to wait for.
+        if not _text(table, "status").startswith("allowed"):
+            for name in _RESET_FIELDS:
+                if name in table and (at := _epoch(table[name])) is not None:
+                    return at
+    return None
+
+
+def _reset_text(*texts: str) -> float | None:
+    for text in texts:
+        if found := _RESET_TEXT.search(text):
+            return _epoch(int(found[1]) if found[1].isdecimal() else found[1])
+    return None
+
+
+def _epoch(value: object) -> float | None:
+    """Seconds since the epoch from seconds, milliseconds or ISO 8601 with a zone; `None` if that is unclear."""
+    if type(value) is str:
+        try:
+            at = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+        value = None if at.tzinfo is None else at.timestamp()
+    if type(value) is int or type(value) is float:
+        # Years 2001 to 2286 in either unit, so that the number itself tells its unit.
+        if 1e9 <= value < 1e10:
+            return float(value)
+        if 1e12 <= value < 1e13:
+            return value / 1000
+    return None

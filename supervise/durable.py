@@ -1,0 +1,49 @@
+"""Files that are whole or absent, and that stay after a power cut where that matters. Blocking calls, no Trio."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def replace(path: Path, data: bytes, *, durable: bool) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file. Mode 0600.
+        data: its whole new content.
+        durable: the new file is on the disk when this returns (fsync of file and directory).
+
+    Raises:
+        OSError: the old file is still there, and no part of the new one.
+    """
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:  # an unbuffered write may be short
+                view = view[file.write(view) :]
+            if durable:
+                os.fsync(file.fileno())
+        new.rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Put the names in a directory on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_private(path: Path) -> None:
+    """Make a directory and its parents; nobody else may look into the last one."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)

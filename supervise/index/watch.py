@@ -1,0 +1,509 @@
+"""The driver of the index watch: it does what the tables in lifecycle.py say.
+
+One `IndexDriver` is one child of a job's nursery. It levels a stale workspace, runs the watch beside the agent,
+and when it is told to, ends the watch and reconciles where the watch cannot be trusted.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import Protocol, final
+
+import trio
+from attrs import evolve
+
+from supervise.errors import SpawnError
+from supervise.events import Event, IndexChanged, IndexOutput, ReconcileFinished
+from supervise.index import cidx
+from supervise.index.cidx import Cidx, Line, ReconcileVerdict
+from supervise.index.lifecycle import LEAVES_MARK, LIVE_STATUS, Facts, RestartBudget, State, ending, next_state
+from supervise.index.lifecycle import Event as What
+from supervise.index.stale import StaleMark
+from supervise.model import ExitStatus, IndexReport, IndexStatus, StopPolicy, Survivor, WatchMetrics
+from supervise.processes.child import Child, Tree, TreeOpener
+from supervise.processes.containment import Command
+from supervise.processes.hurry import Hurry
+from supervise.processes.output import Lines
+from supervise.settings import IndexSettings
+
+log = logging.getLogger("supervise.index")
+
+
+class Index(Protocol):
+    """The index of a job, as the job's nursery sees it."""
+
+    status: IndexStatus
+    state: State
+    survivors: tuple[Survivor, ...]
+
+    async def mark(self, job_id: str) -> None:
+        """Put the stale mark on the disk. To be done before the agent starts. Not cancellable."""
+
+    async def run(self) -> None:
+        """The index's life, as a child of the job's nursery; ends some time after `finish` or `cancel`."""
+
+    async def ready(self) -> None:
+        """Wait until the agent may start. Cancelling ends the wait only."""
+
+    def agent_starts(self) -> None:
+        """The agent starts now: what the watch does not see from here on, it has missed."""
+
+    def finish(self) -> None:
+        """The agent's tree is empty: flush, stop, and settle the index."""
+
+    def cancel(self) -> None:
+        """As `finish`, for a job that was cancelled; a reconcile that is under way is given up."""
+
+    async def report(self) -> IndexReport:
+        """Wait for the end and say what became of the index. Cancelling ends the wait only."""
+
+
+@final
+class NoIndex:
+    """The index of a job that has none."""
+
+    status = IndexStatus.NONE
+    state = State.NOT_STARTED
+    survivors: tuple[Survivor, ...] = ()
+
+    async def mark(self, job_id: str) -> None:
+        """Nothing to mark."""
+
+    async def run(self) -> None:
+        """Nothing to run."""
+
+    async def ready(self) -> None:
+        """At once."""
+        await trio.lowlevel.checkpoint()
+
+    def agent_starts(self) -> None:
+        """Nobody watches."""
+
+    def finish(self) -> None:
+        """Nothing to end."""
+
+    def cancel(self) -> None:
+        """Nothing to end."""
+
+    async def report(self) -> IndexReport:
+        """`none`."""
+        await trio.lowlevel.checkpoint()
+        return IndexReport()
+
+
+class _Ended(Enum):
+    """How one start of the watch came to its end."""
+
+    NEVER_UP = "never up"
+    CRASHED = "crashed"
+    STOPPED = "stopped"
+
+
+@final
+class IndexDriver:
+    """Drives the watch of one workspace for one job.
+
+    Args:
+        tool: the indexer's command lines.
+        settings: bounds and choices.
+        command: makes a `Command` (directory, environment, user) of an argument vector.
+        open_tree: starts processes.
+        mark: the stale mark of the workspace.
+        emit: gets the events.
+        hurry: ends waits early.
+        kill_wait: as in `StopPolicy`, seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        tool: Cidx,
+        settings: IndexSettings,
+        command: Callable[[tuple[str, ...]], Command],
+        open_tree: TreeOpener,
+        mark: StaleMark,
+        emit: Callable[[Event], None],
+        hurry: Hurry,
+        kill_wait: float = 5.0,
+    ) -> None:
+        self.state = State.NOT_STARTED
+        self.status = IndexStatus.NONE
+        self.survivors: tuple[Survivor, ...] = ()
+        self._tool = tool
+        self._settings = settings
+        self._command = command
+        self._open_tree = open_tree
+        self._mark = mark
+        self._emit = emit
+        self._hurry = hurry
+        graceful = (signal.SIGTERM, settings.termination_timeout)
+        self._stop_watch = StopPolicy((graceful,), kill_wait)
+        # A reconcile, too, ends in order at SIGINT and in disorder at SIGTERM.
+        self._stop_reconcile = StopPolicy(((signal.SIGINT, settings.flush_timeout), graceful), kill_wait)
+        self._facts = Facts(fallback=settings.fallback_to_reconcile, reconcile_on_cancel=settings.reconcile_on_cancel)
+        self._metrics = WatchMetrics()
+        self._budget = RestartBudget()
+        self._marked_before = ""
+        self._mark_trouble = ""
+        self._reason = ""
+        self._stamp: str | None = None
+        self._daemon = _Daemon.NONE
+        self._agent_started = False
+        self._may_start = trio.Event()
+        self._stop_asked = trio.Event()
+        self._report: IndexReport | None = None
+        self._reported = trio.Event()
+        self._reconciling: trio.CancelScope | None = None
+        self._up_since = 0.0
+
+    # --- what the job says --------------------------------------------------------------------------------
+
+    async def mark(self, job_id: str) -> None:
+        """See `Index.mark`."""
+        with trio.CancelScope(shield=True):
+            try:
+                self._marked_before = await self._mark.set(job_id)
+            except OSError as error:
+                self._mark_trouble = f"the stale mark could not be written: {error.strerror}"
+                log.error(self._mark_trouble)
+
+    async def ready(self) -> None:
+        """See `Index.ready`."""
+        await self._may_start.wait()
+
+    def agent_starts(self) -> None:
+        """See `Index.agent_starts`."""
+        self._agent_started = True
+
+    def finish(self) -> None:
+        """See `Index.finish`."""
+        self._stop_asked.set()
+
+    def cancel(self) -> None:
+        """See `Index.cancel`."""
+        self._facts = self._facts.with_(cancelled=True)
+        self._stop_asked.set()
+        if self._reconciling is not None and not self._settings.reconcile_on_cancel:
+            self._reconciling.cancel()
+
+    async def report(self) -> IndexReport:
+        """See `Index.report`."""
+        await self._reported.wait()
+        assert self._report is not None
+        return self._report
+
+    # --- the life -----------------------------------------------------------------------------------------
+
+    @trio.lowlevel.enable_ki_protection
+    async def run(self) -> None:
+        """See `Index.run`. Cancelling the caller's scope does not reach it; `cancel` does."""
+        with trio.CancelScope(shield=True):
+            try:
+                await self._level_a_stale_workspace()
+                await self._watch_until_stopped()
+                self._may_start.set()
+                await self._stop_asked.wait()
+                await self._settle()
+            finally:
+                self._may_start.set()
+                if self._report is None:  # a bug is on its way up; nobody shall wait for ever
+                    self._conclude(IndexStatus.FAILED, "the driver of the index failed")
+
+    async def _level_a_stale_workspace(self) -> None:
+        """Reconcile before the watch what an earlier job, or somebody else, left behind."""
+        stamp = await self._mark.stamp()
+        why = self._marked_before or await self._mark.changed(stamp, assume_fresh=self._settings.assume_fresh)
+        self._facts = self._facts.with_(level_before=not why)
+        if why and self._settings.fallback_to_reconcile and not self._stop_asked.is_set():
+            level = await self._reconcile(f"the index was stale: {why}", until=self._stop_asked)
+            self._facts = self._facts.with_(level_before=level)
+
+    async def _watch_until_stopped(self) -> None:
+        """The watch, started again after crashes as long as the budget lasts."""
+        if not self._settings.watch_enabled:
+            self._apply(What.FAILED, "the watch is disabled")
+            return
+        first = True
+        while not self._stop_asked.is_set():
+            ended = await self._one_watch(first=first)
+            if ended is _Ended.STOPPED:
+                return
+            if ended is _Ended.NEVER_UP and first:
+                await self._answer_at_once()
+                return
+            pause = self._budget.pause(trio.current_time())
+            if pause is None:
+                log.error("the watch keeps crashing; it stays down until the reconcile at the job's end")
+                return
+            with trio.move_on_after(pause):
+                await self._stop_asked.wait()
+            if self._stop_asked.is_set():
+                return
+            self._budget = self._budget.spent(trio.current_time())
+            self._metrics = evolve(self._metrics, restarts=self._metrics.restarts + 1)
+            first = False
+
+    async def _answer_at_once(self) -> None:
+        """The watch cannot start: the agent shall work on a fresh index all the same. Once is enough."""
+        wanted = self._settings.fallback_to_reconcile and self._metrics.fallbacks == 0
+        if wanted and not self._stop_asked.is_set():
+            await self._reconcile(self._reason, until=self._stop_asked)
+
+    async def _one_watch(self, *, first: bool) -> _Ended:
+        """Start the watch, and stay with it to its end."""
+        self._apply(What.START, "" if first else "again after a crash")
+        now = time.time()
+        self._metrics = evolve(
+            self._metrics, starts=self._metrics.starts + 1, started_at=self._metrics.started_at or now
+        )
+        ready = trio.Event()
+        was_up = False
+        event, reason, ended = What.FAILED, "", _Ended.NEVER_UP
+        async with self._open_tree("watch", self._stop_watch, self._hurry) as tree:
+            try:
+                trouble = await self._prepare(tree) if first else ""
+                if trouble:
+                    reason = trouble
+                elif not self._stop_asked.is_set():
+                    child = await self._spawn(tree, self._tool.watch, lambda line: self._watch_line(line, ready))
+                    was_up = await self._until_up(child, ready)
+                    event, reason, ended = await self._until_down(child, was_up)
+                else:
+                    event, reason, ended = What.FAILED, "the job ended before the watch was started", _Ended.STOPPED
+            except SpawnError as error:
+                reason = str(error)
+            if self._daemon is _Daemon.OURS:
+                await self._stop_daemon()
+        self.survivors += tree.survivors
+        self._count_down()
+        if ended is _Ended.CRASHED:
+            self._metrics = evolve(self._metrics, crashes=self._metrics.crashes + 1)
+            self._facts = self._facts.with_(crashes=self._facts.crashes + 1)
+        # Told when the tree is empty: in a state of rest, nothing runs.
+        self._apply(event, reason)
+        return ended
+
+    async def _prepare(self, tree: Tree) -> str:
+        """`cidx start` and `cidx fix-config`, in the watch's tree. Returns what keeps the watch from starting."""
+        start = await self._run(tree, self._tool.start)
+        if start is None:
+            return "" if self._stop_asked.is_set() else self._late("cidx start")
+        status, output = start
+        if status.ok and tree.alive():
+            self._daemon = _Daemon.OURS
+        elif cidx.says_already_running(output):
+            self._daemon = _Daemon.THEIRS
+        fixed = await self._run(tree, self._tool.fix_config)
+        if fixed is None:
+            return "" if self._stop_asked.is_set() else self._late("cidx fix-config")
+        if not fixed[0].ok:  # the watch will say itself whether it can live with its configuration
+            self._emit(IndexOutput(kind="fix_config", line=f"cidx fix-config ended with {fixed[0]}"))
+        return ""
+
+    def _late(self, what: str) -> str:
+        return f"{what} did not end in {self._settings.command_timeout:g} s"
+
+    async def _run(self, tree: Tree, argv: tuple[str, ...]) -> tuple[ExitStatus, str] | None:
+        """One of the short commands; `None` if it did not end, or the job ends meanwhile."""
+        child = await self._spawn(tree, argv, lambda line: None)
+        with trio.move_on_after(self._settings.command_timeout):
+            await _first_of(child.wait, self._stop_asked.wait)
+        if child.status is None:
+            return None
+        return child.status, "\n".join(child.tails())
+
+    async def _until_up(self, child: Child, ready: trio.Event) -> bool:
+        """Wait for readiness, settling, the end, or the stop. Returns whether the watch is now Running."""
+        with trio.move_on_after(self._settings.settle_time):
+            await _first_of(child.wait, ready.wait, self._stop_asked.wait)
+        if child.status is not None or self._stop_asked.is_set():
+            return False
+        if not ready.is_set():
+            self._apply(What.SETTLED, f"no readiness line in {self._settings.settle_time:g} s: it is not trusted")
+        self._up_since = trio.current_time()
+        self._may_start.set()
+        return True
+
+    async def _until_down(self, child: Child, was_up: bool) -> tuple[What, str, _Ended]:
+        """Stay with the watch until it ends by itself, or is asked to."""
+        await _first_of(child.wait, self._stop_asked.wait)
+        if child.status is None:
+            return await self._flush(child)
+        if was_up:
+            return What.EXITED, f"the watch ended unasked with {child.status}", _Ended.CRASHED
+        if child.status.ok:
+            return What.EXITED, "unavailable: the watch left its work to a daemon (exit 0 at once)", _Ended.NEVER_UP
+        last = next((line for line in reversed("\n".join(child.tails()).splitlines()) if line.strip()), "")
+        return What.EXITED, f"the watch ended at its start with {child.status}: {last.strip()[:200]}", _Ended.NEVER_UP
+
+    async def _flush(self, child: Child) -> tuple[What, str, _Ended]:
+        """Ask for pending edits. The stamp is older than the flush: what changes later is not covered by it."""
+        self._stamp = await self._mark.stamp()
+        self._apply(What.STOP, "")
+        began = trio.current_time()
+        child.interrupt()
+        with self._hurry.step(self._settings.flush_timeout):
+            await child.wait()
+        self._metrics = evolve(self._metrics, flush_seconds=trio.current_time() - began)
+        if child.status is None:
+            return What.EXITED, "the watch did not end when it was asked to flush", _Ended.STOPPED
+        if not child.status.ok:
+            return What.EXITED, f"the watch answered the flush with {child.status}", _Ended.STOPPED
+        self._facts = self._facts.with_(flushed=True)
+        return What.FLUSHED, "", _Ended.STOPPED
+
+    async def _reconcile(self, why: str, *, until: trio.Event | None = None) -> bool:
+        """`cidx index --reconcile`. Returns whether it may be believed. `until` gives it up."""
+        self._stamp = await self._mark.stamp()  # older than the reconcile, as for the flush
+        self._apply(What.RECONCILE, why)
+        self._metrics = evolve(self._metrics, fallbacks=self._metrics.fallbacks + 1)
+        verdict = ReconcileVerdict()
+        began = trio.current_time()
+        trouble, given_up = "", False
+        try:
+            async with self._open_tree("reconcile", self._stop_reconcile, self._hurry) as tree:
+                child = await self._spawn(tree, self._tool.reconcile, verdict.line)
+                with self._hurry.step(self._settings.reconcile_timeout) as self._reconciling:
+                    waits = (child.wait,) if until is None else (child.wait, until.wait)
+                    await _first_of(*waits)
+                status = child.status
+            self.survivors += tree.survivors
+            given_up = status is None and (self._facts.cancelled or (until is not None and until.is_set()))
+            trouble = "it was given up, the job ends" if given_up else verdict.against(status)
+        except SpawnError as error:
+            trouble = str(error)
+        finally:
+            self._reconciling = None
+        seconds = trio.current_time() - began
+        self._emit(ReconcileFinished(ok=not trouble, seconds=seconds, reason=trouble))
+        if trouble:
+            log.warning("the reconcile failed: %s", trouble)
+            if not given_up:
+                await self._stop_daemon()
+            self._apply(What.FAILED, f"the reconcile failed: {trouble}")
+            return False
+        self._metrics = evolve(self._metrics, reconcile_seconds=seconds)
+        self.status = IndexStatus.READY_VIA_FALLBACK
+        self._apply(What.RECONCILED, "")
+        return True
+
+    async def _settle(self) -> None:
+        """The end, the same for every outcome of the agent."""
+        end = ending(self._facts)
+        reason = "" if end.status is IndexStatus.WATCH_TERMINATED else self._why_not_clean()
+        status = end.status
+        if end.reconcile and not await self._reconcile(reason):
+            end = ending(self._facts)  # a cancellation that came meanwhile counts
+            status = IndexStatus.STALE if end.status is IndexStatus.STALE else IndexStatus.FAILED
+            reason = self._reason
+        elif status is IndexStatus.STALE:
+            reason = f"the job was cancelled before the index was known to be clean ({reason})"
+        if status not in LEAVES_MARK:
+            try:
+                await self._mark.clear(self._stamp, self._metrics.reconcile_seconds)
+            except OSError as error:
+                status, reason = IndexStatus.FAILED, f"the stale mark could not be removed: {error.strerror}"
+        if self._mark_trouble:
+            status, reason = IndexStatus.FAILED, self._mark_trouble
+        self._conclude(status, reason)
+
+    def _why_not_clean(self) -> str:
+        facts = self._facts
+        if not facts.level_before:
+            return "the index was stale before the watch"
+        if facts.crashes:
+            return f"the watch crashed {facts.crashes} time(s)"
+        if facts.errors:
+            return f"the watch printed {facts.errors} error(s)"
+        if facts.flushed and not facts.ready_in_time:
+            return "the watch was not ready when the agent started"
+        return self._reason or "the watch did not run"
+
+    def _conclude(self, status: IndexStatus, reason: str) -> None:
+        self.status = status
+        saved = None
+        if status is IndexStatus.WATCH_TERMINATED and self._mark.last_reconcile_seconds is not None:
+            saved = self._mark.last_reconcile_seconds - (self._metrics.flush_seconds or 0.0)
+        self._report = IndexReport(
+            status=status,
+            reason=reason,
+            watch_restarts=self._metrics.restarts,
+            stale=status in LEAVES_MARK,
+            metrics=evolve(self._metrics, saved_seconds=saved),
+        )
+        if status in LEAVES_MARK:
+            log.warning("the index is %s: %s", status.value, reason)
+        self._emit(IndexChanged(state=self.state.value, cause="end", status=status, reason=reason))
+        self._reported.set()
+
+    # --- small things -------------------------------------------------------------------------------------
+
+    def _apply(self, event: What, reason: str) -> None:
+        self.state = next_state(self.state, event)
+        self.status = LIVE_STATUS[self.state] or self.status
+        if reason:
+            self._reason = reason
+        if event in (What.FAILED, What.EXITED):
+            log.warning("index: %s", reason)
+        self._emit(IndexChanged(state=self.state.value, cause=event.value, status=self.status, reason=reason))
+
+    async def _spawn(self, tree: Tree, argv: tuple[str, ...], on_line: Callable[[str], None]) -> Child:
+        out, err = Lines(on_line), Lines(on_line)
+        return await tree.spawn(self._command(argv), stdout=out.feed, stderr=err.feed)
+
+    def _watch_line(self, line: str, ready: trio.Event) -> None:
+        meaning = cidx.meaning(line)
+        if meaning is Line.ERROR:
+            self._facts = self._facts.with_(errors=self._facts.errors + 1)
+        elif meaning is Line.READY and not ready.is_set():
+            ready.set()
+            if not self._agent_started and self._facts.crashes == 0:
+                self._facts = self._facts.with_(ready_in_time=True)
+            self._apply(What.READY, "")
+        if meaning is not Line.OTHER:
+            self._emit(IndexOutput(kind=meaning.value, line=line[:500]))
+
+    def _count_down(self) -> None:
+        if self._up_since:
+            self._metrics = evolve(
+                self._metrics,
+                stopped_at=time.time(),
+                uptime=self._metrics.uptime + trio.current_time() - self._up_since,
+            )
+            self._up_since = 0.0
+
+    async def _stop_daemon(self) -> None:
+        """`cidx stop`: not for a daemon that was there before us. Its exit code says nothing (no daemon: 1)."""
+        if self._daemon is _Daemon.THEIRS:
+            return
+        self._daemon = _Daemon.NONE
+        try:
+            async with self._open_tree("index-stop", self._stop_watch, self._hurry) as tree:
+                child = await self._spawn(tree, self._tool.stop, lambda line: None)
+                with self._hurry.step(self._settings.command_timeout):
+                    await child.wait()
+            self.survivors += tree.survivors
+        except SpawnError as error:
+            log.warning("cidx stop: %s", error)
+
+
+class _Daemon(Enum):
+    NONE = "none"
+    OURS = "ours"
+    THEIRS = "theirs"
+
+
+async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
+    """Return when the first of `waits` does; the others are cancelled."""
+
+    async def run(wait: Callable[[], Awaitable[object]]) -> None:
+        await wait()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for wait in waits:
+            nursery.start_soon(run, wait)

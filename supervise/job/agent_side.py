@@ -1,0 +1,134 @@
+"""The job's side of an agent's run: what `Agent.run` is given, and the clock that it runs against."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import final
+
+import trio
+from attrs import evolve
+
+from supervise.agents.protocol import Agent
+from supervise.events import AgentEvent, Event
+from supervise.model import AgentReport, FailureKind, JobSpec, Outcome, StopPolicy
+from supervise.processes.child import Tree, TreeOpener
+from supervise.processes.containment import Command
+from supervise.processes.hurry import Hurry
+from supervise.settings import AgentSettings
+
+log = logging.getLogger("supervise.job")
+
+
+@final
+class AgentSide:
+    """An `AgentRun`, and what the job wants to know of it.
+
+    Attributes:
+        ended: set when the agent's tree is empty.
+        lines, last_progress: for the heartbeat; the latter on Trio's clock.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        settings: AgentSettings,
+        env: dict[str, str],
+        *,
+        open_tree: TreeOpener,
+        hurry: Hurry,
+        kill_wait: float,
+        emit: Callable[[Event], None],
+        on_start: Callable[[], None],
+    ) -> None:
+        self.spec = spec
+        self.settings = settings
+        self.ended = trio.Event()
+        self.lines = 0
+        self.last_progress: float | None = None
+        self._env = env
+        self._open_tree = open_tree
+        self._hurry = hurry
+        self._policy = StopPolicy(((signal.SIGTERM, settings.termination_timeout),), kill_wait)
+        self._emit = emit
+        self._on_start = on_start
+        self._clock = trio.CancelScope()
+        self._report: AgentReport | None = None
+        self._returned = False
+        self._timed_out = False
+
+    # --- for the agent ------------------------------------------------------------------------------------
+
+    def command(self, argv: tuple[str, ...], *, stdin: bytes = b"") -> Command:
+        """See `AgentRun.command`."""
+        return Command(argv=argv, cwd=str(self.spec.workspace), env=dict(self._env), stdin=stdin, user=self.spec.user)
+
+    def tree(self) -> AbstractAsyncContextManager[Tree]:
+        """See `AgentRun.tree`."""
+        return self._open_tree("agent", self._policy, self._hurry)
+
+    def started(self, pid: int | None = None) -> None:
+        """See `AgentRun.started`."""
+        self.last_progress = trio.current_time()
+        self._clock.deadline = trio.current_time() + self.spec.timeout
+        self._on_start()
+
+    def progress(self, lines: int = 1) -> None:
+        """See `AgentRun.progress`."""
+        self.lines += lines
+        self.last_progress = trio.current_time()
+
+    def emit(self, event: AgentEvent) -> None:
+        """See `AgentRun.emit`."""
+        self._emit(event)
+
+    def report(self, report: AgentReport) -> None:
+        """See `AgentRun.report`."""
+        self._report = report
+
+    # --- for the job --------------------------------------------------------------------------------------
+
+    @trio.lowlevel.enable_ki_protection
+    async def run(self, agent: Agent) -> None:
+        """The agent, as a child of the job's nursery. What it raises becomes its report."""
+        try:
+            with self._clock:
+                await agent.run(self)
+                self._returned = True
+            self._timed_out = self._clock.cancelled_caught
+        except Exception as error:
+            log.exception("job %s: the agent %s raised", self.spec.job_id, agent.name)
+            text = f"the agent {agent.name!r} raised {type(error).__name__}: {error}"
+            self._report = AgentReport(failure_kind=FailureKind.AGENT_ERROR, error=text)
+            self._returned = True
+        finally:
+            self.ended.set()
+
+    def verdict(self, cancelled: str | None) -> tuple[Outcome, AgentReport]:
+        """How the agent's run ended, and its report. What it had already finished stays finished.
+
+        Args:
+            cancelled: why the job was cancelled, if it was.
+        """
+        report = self._report or AgentReport()
+        if self._returned and self._report is None:
+            error = "the agent ended without a report"
+            return Outcome.FAILED, AgentReport(failure_kind=FailureKind.BAD_OUTPUT, error=error)
+        if self._returned:
+            return (Outcome.COMPLETED if report.failure_kind is None else Outcome.FAILED), report
+        if self._timed_out:
+            if report.finished:  # it only lingered after its good last result
+                return Outcome.COMPLETED, _with(report, None)
+            return Outcome.TIMED_OUT, _with(report, f"the agent did not end within {self.spec.timeout:g} s")
+        return Outcome.CANCELLED, _with(report, f"cancelled: {cancelled or 'unknown'}")
+
+    def failed(self, error: str) -> tuple[Outcome, AgentReport]:
+        """As `verdict`, for a job that failed for reasons of ours."""
+        report = self._report or AgentReport()
+        return Outcome.FAILED, evolve(report, failure_kind=FailureKind.AGENT_ERROR, error=error)
+
+
+def _with(report: AgentReport, error: str | None) -> AgentReport:
+    return evolve(report, failure_kind=None, error=error)

@@ -1,0 +1,224 @@
+"""The owner of what jobs share, and the calls that users make."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import final
+
+import trio
+
+from supervise import durable
+from supervise.errors import SettingsError, SpecError
+from supervise.job import nursery as job_nursery
+from supervise.job.handle import Job
+from supervise.model import JobResult, JobSpec
+from supervise.processes.session import require_platform
+from supervise.settings import Settings
+
+__all__ = ["Supervisor", "open_job", "open_supervisor", "run_job"]
+
+
+@final
+class Supervisor:
+    """Runs jobs, at most so many at a time. Made by `open_supervisor`."""
+
+    def __init__(self, nursery: trio.Nursery, settings: Settings, max_concurrent: int) -> None:
+        self.settings = settings
+        self._nursery = nursery
+        self._limit = trio.Semaphore(max_concurrent)
+        self._jobs: dict[str, Job] = {}
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The jobs that have not ended, the oldest first."""
+        return tuple(self._jobs.values())
+
+    async def start(self, spec: JobSpec) -> Job:
+        """Start a job.
+
+        Args:
+            spec: what to do.
+
+        Returns:
+            The job, when its agent is spawned; or when it has ended without (a spawn failure is in its result).
+
+        Raises:
+            SpecError: a job of this id is running.
+            SettingsError: the state directory cannot be written.
+
+        Cancelling cancels the job, and waits for its teardown.
+        """
+        job = self._launch(spec)
+        try:
+            await job.spawned()
+        except BaseException as error:
+            job.cancel(_why(error))
+            await _outlast([job])
+            raise
+        return job
+
+    async def run(self, spec: JobSpec) -> JobResult:
+        """Run a job to its end. Raises and cancels as `run_job` does."""
+        async with self.open_job(spec) as job:
+            return await job.result()
+
+    @asynccontextmanager
+    @trio.lowlevel.enable_ki_protection
+    async def open_job(self, spec: JobSpec) -> AsyncIterator[Job]:
+        """A job as a block. See the function `open_job`."""
+        job = self._launch(spec)
+        try:
+            yield job
+            await job._done.wait()
+        except BaseException as error:
+            job.cancel(_why(error))
+            await _outlast([job])
+            raise
+
+    def _launch(self, spec: JobSpec) -> Job:
+        if spec.job_id in self._jobs:
+            raise SpecError(f"JobSpec.job_id is {spec.job_id!r}, but a job of this id is running; choose another")
+        directory = self.settings.state_dir / "jobs" / spec.job_id
+        try:
+            durable.make_private(directory)
+        except OSError as error:
+            raise _unwritable(self.settings, error) from error
+        job = Job(spec)
+        self._jobs[spec.job_id] = job
+        self._nursery.start_soon(self._run, job, directory, name=f"supervise job {spec.job_id}")
+        return job
+
+    @trio.lowlevel.enable_ki_protection
+    async def _run(self, job: Job, directory: Path) -> None:
+        try:
+            await job_nursery.run(job, self.settings, directory, self._limit)
+        finally:
+            del self._jobs[job.job_id]
+
+
+@asynccontextmanager
+@trio.lowlevel.enable_ki_protection
+async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None = None) -> AsyncIterator[Supervisor]:
+    """Open a supervisor: the owner of what jobs share.
+
+        async with supervise.open_supervisor(max_concurrent=5) as sup:
+            job = await sup.start(spec)
+
+    Args:
+        max_concurrent: jobs at a time; further ones wait in the order of their start.
+        settings: all bounds; default `Settings()`, which reads no file and no environment.
+
+    Raises:
+        SettingsError: the state directory cannot be made.
+        UnsupportedPlatform: this system cannot own a tree of processes.
+
+    Leaving the block waits for the jobs. An exception in the block, or a cancellation, cancels them, waits for
+    their teardown, and leaves unwrapped. A further Ctrl-C goes to the next step of the stop policy.
+    """
+    if not isinstance(max_concurrent, int) or max_concurrent < 1:
+        raise SpecError(f"max_concurrent is {max_concurrent!r}, but must be a whole number, 1 or more")
+    require_platform()
+    settings = settings or Settings()
+    try:
+        await trio.to_thread.run_sync(durable.make_private, settings.state_dir)
+    except OSError as error:
+        raise _unwritable(settings, error) from error
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        supervisor = Supervisor(nursery, settings, max_concurrent)
+        try:
+            yield supervisor
+            for job in supervisor.jobs:
+                await job._done.wait()
+        except BaseException as error:  # raised below, so that the nursery does not wrap it
+            failure = error
+            for job in supervisor.jobs:
+                job.cancel(_why(error))
+            await _outlast(supervisor.jobs)
+    if failure is not None:
+        raise failure
+
+
+@asynccontextmanager
+@trio.lowlevel.enable_ki_protection
+async def open_job(spec: JobSpec, *, settings: Settings | None = None) -> AsyncIterator[Job]:
+    """Run a job beside the block.
+
+        async with supervise.open_job(spec) as job, job.subscribe() as events:
+            async for event in events:
+                print(event)
+
+    Args:
+        spec: what to do.
+        settings: all bounds; default `Settings()`.
+
+    Raises:
+        SettingsError, UnsupportedPlatform: as `open_supervisor`.
+
+    The block gets the handle before anything has happened, so that a subscription misses nothing. Leaving the
+    block waits for the job. An exception in the block, or a cancellation, cancels the job, waits for its
+    teardown, and leaves unwrapped; `job.result_nowait()` then holds the result.
+    """
+    async with open_supervisor(max_concurrent=1, settings=settings) as supervisor, supervisor.open_job(spec) as job:
+        yield job
+
+
+@trio.lowlevel.enable_ki_protection
+async def run_job(
+    spec: JobSpec,
+    *,
+    settings: Settings | None = None,
+    task_status: trio.TaskStatus[Job] = trio.TASK_STATUS_IGNORED,
+) -> JobResult:
+    """Run a job to its end.
+
+    Args:
+        spec: what to do.
+        settings: all bounds; default `Settings()`.
+        task_status: `job = await nursery.start(run_job, spec)` gets the `Job` when the agent is spawned, or when
+            the job has ended without.
+
+    Returns:
+        The result, whatever the outcome; `result.raise_for_outcome()` makes an exception of it.
+
+    Raises:
+        SettingsError, UnsupportedPlatform: as `open_supervisor`.
+
+    When the caller's scope is cancelled, the bounded teardown runs, `job.result_nowait()` and the state directory
+    hold the result, and `trio.Cancelled` propagates.
+    """
+    async with open_job(spec, settings=settings) as job:
+        await job.spawned()
+        task_status.started(job)
+        return await job.result()
+
+
+async def _outlast(jobs: Iterable[Job]) -> None:
+    """Wait for the jobs' teardown, whatever comes. A Ctrl-C meanwhile hurries them."""
+    jobs = tuple(jobs)
+    while True:
+        try:
+            with trio.CancelScope(shield=True):
+                for job in jobs:
+                    await job._done.wait()
+            return
+        except KeyboardInterrupt:
+            for job in jobs:
+                job.cancel("Ctrl-C again")
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, trio.Cancelled):
+        return "the caller's scope was cancelled"
+    if isinstance(error, GeneratorExit):
+        return "the block was abandoned"
+    return f"the block was left by {type(error).__name__}"
+
+
+def _unwritable(settings: Settings, error: OSError) -> SettingsError:
+    return SettingsError(
+        f"the state directory {str(settings.state_dir)!r} cannot be written: {error.strerror}; "
+        "set state_dir (SUPERVISE_STATE_DIR) to a directory of yours"
+    )

@@ -1,0 +1,388 @@
+"""Spawn, wait, stop: a tree of processes as an async context manager. Nothing else starts a process.
+
+    async with open_tree(role="agent", …) as tree:
+        child = await tree.spawn(command, stdout=sink)
+        status = await child.wait()
+    # here no process of the tree is alive; tree.survivors tells of exceptions
+
+Every road out of the block, be it the end of the child, an exception or a cancellation, leads through
+`Tree.stop`: there is no second teardown.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Protocol, final
+
+import trio
+from attrs import field, frozen
+
+from supervise.errors import SpawnError
+from supervise.events import (
+    Event,
+    OutputTruncated,
+    ProcessExited,
+    ProcessStarted,
+    SignalSent,
+    TreeEmpty,
+)
+from supervise.model import ExitStatus, StopPolicy, Survivor
+from supervise.processes import identity
+from supervise.processes.containment import Command, Containment, Leader, Pipes
+from supervise.processes.hurry import Hurry
+from supervise.processes.identity import Process
+from supervise.processes.output import BoundedLog, Output
+from supervise.processes.session import SessionContainment, spawn_error
+from supervise.secrets import Masker
+
+READ_SIZE = 64 * 1024
+
+#: How often SIGKILL is sent again to a tree that keeps forking while it dies, in seconds.
+KILL_AGAIN = 0.1
+
+Sink = Callable[[bytes], None]
+
+
+@frozen(kw_only=True)
+class TreeOptions:
+    """What all trees of one job share.
+
+    Attributes:
+        mark: the beginning of the environment marker, the job's id.
+        masker: hides the job's secrets in whatever the children print.
+        log_dir: where full output goes; `None` for nowhere.
+        log_max_bytes, tail_bytes, pipe_timeout: as in `Settings`.
+        contain: makes the containment of one tree from its marker.
+    """
+
+    mark: str
+    masker: Masker = field(factory=Masker)
+    log_dir: Path | None = None
+    log_max_bytes: int = 100 * 1024 * 1024
+    tail_bytes: int = 64 * 1024
+    pipe_timeout: float = 5.0
+    contain: Callable[[str], Containment] = SessionContainment
+
+
+class Child(Protocol):
+    """A program that was started in a tree."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def status(self) -> ExitStatus | None:
+        """How it ended, or None while it runs."""
+
+    async def wait(self) -> ExitStatus:
+        """Wait until it has ended, whatever its descendants do. Cancelling ends the wait only."""
+
+    async def drained(self) -> None:
+        """Wait until its output is read to the end. Cancelling ends the wait only."""
+
+    def tails(self) -> tuple[str, str]:
+        """The end of its standard output and of its standard error."""
+
+    def interrupt(self) -> None:
+        """Send SIGINT to its process group, as Ctrl-C in a terminal does."""
+
+
+class Tree(Protocol):
+    """What holds the processes that belong together."""
+
+    @property
+    def survivors(self) -> tuple[Survivor, ...]:
+        """Processes that could not be ended. Known when the tree was left."""
+
+    async def spawn(self, command: Command, *, stdout: Sink | None = None, stderr: Sink | None = None) -> Child:
+        """Start a program in the tree.
+
+        Args:
+            command: the program.
+            stdout, stderr: called with each chunk of output, secrets masked. They must not raise.
+
+        Raises:
+            SpawnError: it could not be started.
+
+        Cancelling waits for a spawn that is under way.
+        """
+
+    def alive(self) -> int:
+        """How many processes of the tree are alive now."""
+
+    async def stop(self) -> None:
+        """End the whole tree now. Leaving the block does this, too. Not cancellable; bounded by the policy."""
+
+
+class TreeOpener(Protocol):
+    """What drivers are given to start processes with: `open_tree`, or a fake of it in a test."""
+
+    def __call__(self, role: str, policy: StopPolicy, hurry: Hurry) -> AbstractAsyncContextManager[Tree]: ...
+
+
+@asynccontextmanager
+@trio.lowlevel.enable_ki_protection  # Ctrl-C comes at a wait, never between a fork and its bookkeeping
+async def open_tree(
+    role: str, policy: StopPolicy, hurry: Hurry, *, options: TreeOptions, emit: Callable[[Event], None]
+) -> AsyncIterator[ProcessTree]:
+    """A tree of processes; leaving the block ends it by `policy`.
+
+    Args:
+        role: what the tree is for: `agent`, `watch` …; it names events and logs.
+        policy: how the tree is ended.
+        hurry: lets somebody skip the graces.
+        options: what the trees of a job share.
+        emit: gets the events.
+
+    Leaving waits until no process of the tree is alive (bounded by the policy, not cancellable), and its output
+    is read to the end (at most `pipe_timeout` longer). An exception of the block leaves it unwrapped.
+    """
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        tree = ProcessTree(role, policy, hurry, options, emit, nursery)
+        try:
+            yield tree
+        except BaseException as exc:  # raised again below, outside of the nursery, so that it is not wrapped
+            error = exc
+        await tree.stop()
+        await tree._drain()
+    await tree._close()
+    if error is not None:
+        raise error
+
+
+@final
+class ProcessTree:
+    """A `Tree` of real processes."""
+
+    def __init__(
+        self,
+        role: str,
+        policy: StopPolicy,
+        hurry: Hurry,
+        options: TreeOptions,
+        emit: Callable[[Event], None],
+        nursery: trio.Nursery,
+    ) -> None:
+        self.role = role
+        self.survivors: tuple[Survivor, ...] = ()
+        self._policy = policy
+        self._hurry = hurry
+        self._options = options
+        self._emit = emit
+        self._nursery = nursery
+        self._containment = options.contain(f"{options.mark}:{role}:{secrets.token_hex(8)}")
+        self._children: list[ProcessChild] = []
+        self._tasks: list[trio.CancelScope] = []
+
+    async def spawn(self, command: Command, *, stdout: Sink | None = None, stderr: Sink | None = None) -> ProcessChild:
+        """See `Tree.spawn`."""
+        ours: list[int] = []
+        theirs: list[int] = []
+        try:
+            for mine, other in (_pipe(), _pipe(), _pipe()):
+                ours.append(mine)
+                theirs.append(other)
+            # Standard input is written by us and read by the child: the other way round than the outputs.
+            ours[0], theirs[0] = theirs[0], ours[0]
+            with trio.CancelScope(shield=True):
+                leader = await self._containment.spawn(
+                    command, Pipes(stdin=theirs[0], stdout=theirs[1], stderr=theirs[2])
+                )
+        except OSError as error:
+            _close_all(ours)
+            raise spawn_error(command, error) from None
+        except BaseException:
+            _close_all(ours)
+            raise
+        finally:
+            _close_all(theirs)
+        child = ProcessChild(self, leader, ours, [self._output("stdout", stdout), self._output("stderr", stderr)])
+        self._children.append(child)
+        self._emit(ProcessStarted(role=self.role, pid=leader.pid, program=os.path.basename(command.argv[0])))
+        self._start(child._watch)
+        self._start(child._feed, command.stdin)
+        for index in (0, 1):
+            self._start(child._read, index)
+        return child
+
+    def _start(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
+        """A task that goes on during the teardown, so that the pipes are drained, and ends with the tree."""
+        scope = trio.CancelScope(shield=True)
+        self._tasks.append(scope)
+        self._nursery.start_soon(_shielded, scope, work, *args)
+
+    def alive(self) -> int:
+        """See `Tree.alive`."""
+        return len(self._containment.members())
+
+    @property
+    def tier(self) -> str:
+        """What holds the tree together."""
+        return self._containment.tier
+
+    def members(self) -> list[Process]:
+        """The living processes of the tree."""
+        return self._containment.members()
+
+    async def stop(self) -> None:
+        """See `Tree.stop`. The one teardown of this library."""
+        began = trio.current_time()
+        with trio.CancelScope(shield=True):
+            for number, grace in self._policy.steps:
+                if await self._empty():
+                    break
+                self._signal(number)
+                with self._hurry.step(grace):
+                    await self._until_empty()
+            with trio.move_on_after(self._policy.kill_wait):
+                while not await self._empty():
+                    self._signal(signal.SIGKILL)
+                    with trio.move_on_after(KILL_AGAIN):
+                        await self._until_empty()
+            left = self._containment.members() if self._children else []
+            for child in self._children:  # the end of each leader is told before its tree is called empty
+                if child.pid not in {process.pid for process in left}:
+                    await child.wait()
+        if self._children:
+            self.survivors = tuple(self._survivor(process) for process in left)
+            self._emit(TreeEmpty(role=self.role, seconds=trio.current_time() - began, survivors=len(self.survivors)))
+
+    async def _empty(self) -> bool:
+        """Whether nothing lives. Looks twice: who forks and ends between two reads of /proc is missed by one look."""
+        if not self._children:
+            return True
+        if self._containment.members():
+            return False
+        await trio.lowlevel.checkpoint()
+        return not self._containment.members()
+
+    async def _until_empty(self) -> None:
+        while not await self._empty():
+            await self._containment.gone(self._containment.members())
+
+    def _signal(self, number: int) -> None:
+        count = self._containment.signal(number)
+        self._emit(SignalSent(role=self.role, signal=signal.Signals(number).name, count=count))
+
+    def _survivor(self, process: Process) -> Survivor:
+        reason = self._containment.not_ours().get(process.pid, f"it did not end after SIGKILL (state {process.state})")
+        return Survivor(process.pid, process.start_time, identity.command_of(process.pid), self.role, reason)
+
+    def _output(self, stream: str, sink: Sink | None) -> Output:
+        log = None
+        if self._options.log_dir is not None:
+            path = self._options.log_dir / f"{self.role}-{len(self._children)}.{stream}.log"
+            log = BoundedLog(path, self._options.log_max_bytes, lambda reason: self._cut(stream, reason))
+        return Output(mask=self._options.masker.stream(), tail_bytes=self._options.tail_bytes, log=log, sink=sink)
+
+    def _cut(self, stream: str, reason: str) -> None:
+        self._emit(OutputTruncated(role=self.role, stream=stream, reason=reason))
+
+    async def _drain(self) -> None:
+        """Read what is left in the pipes: the tree is empty, but a stranger may hold them."""
+        with trio.move_on_after(self._options.pipe_timeout, shield=True):
+            for child in self._children:
+                await child.drained()
+        for scope in self._tasks:
+            scope.cancel()
+
+    async def _close(self) -> None:
+        self._containment.close()
+        if self._options.log_dir is not None:
+            with trio.CancelScope(shield=True):  # putting head and tail of a large log together takes a while
+                await trio.to_thread.run_sync(self._close_logs)
+
+    def _close_logs(self) -> None:
+        for child in self._children:
+            for output in child._outputs:
+                output.close_log()
+
+
+@final
+class ProcessChild:
+    """A `Child` that is a real process."""
+
+    def __init__(self, tree: ProcessTree, leader: Leader, pipes: list[int], outputs: list[Output]) -> None:
+        self.pid = leader.pid
+        self.status: ExitStatus | None = None
+        self._tree = tree
+        self._leader = leader
+        self._stdin = trio.lowlevel.FdStream(pipes[0])
+        self._sources = [trio.lowlevel.FdStream(descriptor) for descriptor in pipes[1:]]
+        self._outputs = outputs
+        self._ended = trio.Event()
+        self._read_to_end = [trio.Event(), trio.Event()]
+
+    async def wait(self) -> ExitStatus:
+        """See `Child.wait`."""
+        await self._ended.wait()
+        assert self.status is not None
+        return self.status
+
+    async def drained(self) -> None:
+        """See `Child.drained`."""
+        for event in self._read_to_end:
+            await event.wait()
+
+    def tails(self) -> tuple[str, str]:
+        """See `Child.tails`."""
+        return self._outputs[0].tail(), self._outputs[1].tail()
+
+    def interrupt(self) -> None:
+        """See `Child.interrupt`."""
+        if self.status is None:
+            self._tree._containment.signal_group(self.pid, signal.SIGINT)
+            self._tree._emit(SignalSent(role=self._tree.role, signal="SIGINT", count=1))
+
+    async def _watch(self) -> None:
+        self.status = await self._leader.wait()
+        self._ended.set()
+        self._tree._emit(
+            ProcessExited(role=self._tree.role, pid=self.pid, exit_code=self.status.code, signal=self.status.signal)
+        )
+
+    async def _feed(self, data: bytes) -> None:
+        async with self._stdin:
+            try:
+                await self._stdin.send_all(data)
+            except trio.BrokenResourceError:
+                return  # the child does not read its input: its own affair
+
+    async def _read(self, index: int) -> None:
+        source, output = self._sources[index], self._outputs[index]
+        try:
+            while chunk := await source.receive_some(READ_SIZE):
+                output.feed(chunk)
+        except trio.Cancelled:
+            stream = ("stdout", "stderr")[index]
+            self._tree._cut(stream, "a process outside of the tree holds the pipe; reading was given up")
+            raise
+        finally:
+            source.close()
+            output.close()
+            self._read_to_end[index].set()
+
+
+@trio.lowlevel.enable_ki_protection
+async def _shielded(scope: trio.CancelScope, work: Callable[..., Awaitable[None]], *args: object) -> None:
+    with scope:
+        await work(*args)
+
+
+def _pipe() -> tuple[int, int]:
+    """(our end: read, the child's end: write); neither is inherited by accident."""
+    return os.pipe2(os.O_CLOEXEC)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+__all__ = ["Child", "Command", "ProcessTree", "SpawnError", "Tree", "TreeOpener", "TreeOptions", "open_tree"]
