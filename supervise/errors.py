@@ -44,9 +44,7 @@ class IllegalTransition(SuperviseError):
     """An event arrived in a state that has no transition for it: a bug, not a user's mistake."""
 
     def __init__(self, state: str, event: str) -> None:
-        super().__init__(
-            f"event {event!r} is not legal in state {state!r}: no such row in the transition table"
-        )
+        super().__init__(f"event {event!r} is not legal in state {state!r}: no such row in the transition table")
         self.state = state
         self.event = event
 

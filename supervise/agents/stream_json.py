@@ -337,9 +337,9 @@ _MODEL_COUNTS = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCr
 # --- when a quota resets: only where it is clearly said ------------------------------------------------------
 
 _RESET_FIELDS = ("resetsAt", "resetAt", "resets_at", "reset_at")
-_RESET_TEXT = re.compile(
-    r"(?:limit reached\||\bresets? at:? )(\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d)|\d{13}|\d{10})\b",
-    re.IGNORECASE,
+_RESET_TEXTS = (  # each begins with a literal, which is what makes a search fast
+    re.compile(r"limit reached\|(\d{13}|\d{10})\b"),
+    re.compile(r"reset(?:s|) at:? (\d{13}|\d{10}|\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d))"),
 )
 
 
@@ -356,8 +356,9 @@ def _reset_field(raw: Raw) -> float | None:
 
 def _reset_text(*texts: str) -> float | None:
     for text in texts:
-        if found := _RESET_TEXT.search(text):
-            return _epoch(int(found[1]) if found[1].isdecimal() else found[1])
+        for pattern in _RESET_TEXTS:
+            if found := pattern.search(text):
+                return _epoch(int(found[1]) if found[1].isdecimal() else found[1])
     return None
 
 

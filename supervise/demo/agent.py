@@ -145,11 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     _bound()
     if not _prompt_given():
-        print(
-            "Error: Input must be provided through stdin when using --print", file=sys.stderr
-        )  # and no JSON, as Claude does it
+        # And no JSON, as Claude does it.
+        print("Error: Input must be provided through stdin when using --print", file=sys.stderr)
         return 1
-    return _Session(options.session_id or str(uuid.uuid4()), Path.cwd()).run(options.pace)
+    try:
+        return _Session(options.session_id or str(uuid.uuid4()), Path.cwd()).run(options.pace)
+    except BrokenPipeError:  # nobody listens any more
+        return 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -160,13 +162,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pace",
         type=float,
-        default=0.2,
+        default=0.25,
         metavar="S",
-        help=f"seconds between steps, at most {_LONGEST_PACES / len(_STEPS):.2f}; default 0.2",
+        help=f"seconds between steps, at most {_LONGEST_PACES / len(_STEPS):.2f}; default 0.25",
     )
     parser.add_argument("--session-id", help="the rest of Claude's flags is accepted and not used")
     options, _ = parser.parse_known_args(arguments)
-    # Half of every limit would be no use if the pace alone could pass it.
+    # So that the pace alone cannot reach the bound of the whole run.
     options.pace = min(max(0.0, options.pace), _LONGEST_PACES / len(_STEPS))
     return options
 
@@ -316,7 +318,7 @@ class _Session:
             "stderr": done.stderr.strip(),
             "interrupted": False,
             "isImage": False,
-            "noOutputExpected": not done.stdout,
+            "noOutputExpected": False,
         }
         return (done.stdout + done.stderr).strip(), detail
 

@@ -184,14 +184,14 @@ def read_file(root: int, path: str, check: Callable[[], None]) -> Content | None
     digest = hashlib.sha256()
     kept = bytearray()
     done = 0
-    with open(fd, "rb", buffering=0) as file:
+    try:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
             return None
         stamp = Stamp.of(before)
         check()
         # A file that grows as fast as it is read would have no end: the size seen first is the bound.
-        while done <= stamp.size and (chunk := file.read(_CHUNK)):
+        while done <= stamp.size and (chunk := os.read(fd, _CHUNK)):
             check()
             digest.update(chunk)
             done += len(chunk)
@@ -199,4 +199,6 @@ def read_file(root: int, path: str, check: Callable[[], None]) -> Content | None
                 kept += chunk
         if done != stamp.size or Stamp.of(os.fstat(fd)) != stamp:
             raise Changed(path)
+    finally:
+        os.close(fd)
     return Content(digest.hexdigest(), _text_of(bytes(kept)), stamp.lasting())

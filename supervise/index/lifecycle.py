@@ -89,8 +89,8 @@ LIVE_STATUS: dict[State, IndexStatus | None] = {
     State.NOT_STARTED: None,
     State.STARTING: None,
     State.RUNNING: IndexStatus.WATCHING,
-    State.STOPPING: None,
-    State.FAILED: None,
+    State.STOPPING: IndexStatus.STALE,  # until the end has proved otherwise
+    State.FAILED: IndexStatus.STALE,
     State.FALLBACK_RECONCILE: IndexStatus.RECONCILING_FALLBACK,
     State.TERMINATED: None,
 }

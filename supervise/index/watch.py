@@ -131,7 +131,7 @@ class IndexDriver:
         kill_wait: float = 5.0,
     ) -> None:
         self.state = State.NOT_STARTED
-        self.status = IndexStatus.NONE
+        self.status = IndexStatus.STALE  # as the mark on the disk says; nothing is known yet
         self.survivors: tuple[Survivor, ...] = ()
         self._tool = tool
         self._settings = settings
@@ -219,7 +219,7 @@ class IndexDriver:
         why = self._marked_before or await self._mark.changed(stamp, assume_fresh=self._settings.assume_fresh)
         self._facts = self._facts.with_(level_before=not why)
         if why and self._settings.fallback_to_reconcile and not self._stop_asked.is_set():
-            level = await self._reconcile(f"the index was stale: {why}", until=self._stop_asked)
+            level = await self._reconcile(f"the index was stale: {why}", until=self._stop_asked, stamp=stamp)
             self._facts = self._facts.with_(level_before=level)
 
     async def _watch_until_stopped(self) -> None:
@@ -356,9 +356,9 @@ class IndexDriver:
         self._facts = self._facts.with_(flushed=True)
         return What.FLUSHED, "", _Ended.STOPPED
 
-    async def _reconcile(self, why: str, *, until: trio.Event | None = None) -> bool:
+    async def _reconcile(self, why: str, *, until: trio.Event | None = None, stamp: str | None = None) -> bool:
         """`cidx index --reconcile`. Returns whether it may be believed. `until` gives it up."""
-        self._stamp = await self._mark.stamp()  # older than the reconcile, as for the flush
+        self._stamp = stamp or await self._mark.stamp()  # older than the reconcile, as for the flush
         self._apply(What.RECONCILE, why)
         self._metrics = evolve(self._metrics, fallbacks=self._metrics.fallbacks + 1)
         verdict = ReconcileVerdict()

@@ -235,13 +235,13 @@ class ProcessTree:
         began = trio.current_time()
         with trio.CancelScope(shield=True):
             for number, grace in self._policy.steps:
-                if await self._empty():
+                if self._containment.empty():
                     break
                 self._signal(number)
                 with self._hurry.step(grace):
                     await self._until_empty()
             with trio.move_on_after(self._policy.kill_wait):
-                while not await self._empty():
+                while not self._containment.empty():
                     self._signal(signal.SIGKILL)
                     with trio.move_on_after(KILL_AGAIN):
                         await self._until_empty()
@@ -253,18 +253,10 @@ class ProcessTree:
             self.survivors = tuple(self._survivor(process) for process in left)
             self._emit(TreeEmpty(role=self.role, seconds=trio.current_time() - began, survivors=len(self.survivors)))
 
-    async def _empty(self) -> bool:
-        """Whether nothing lives. Looks twice: who forks and ends between two reads of /proc is missed by one look."""
-        if not self._children:
-            return True
-        if self._containment.members():
-            return False
-        await trio.lowlevel.checkpoint()
-        return not self._containment.members()
-
     async def _until_empty(self) -> None:
-        while not await self._empty():
+        while not self._containment.empty():
             await self._containment.gone(self._containment.members())
+            await trio.lowlevel.checkpoint()
 
     def _signal(self, number: int) -> None:
         count = self._containment.signal(number)

@@ -71,7 +71,10 @@ class Containment(Protocol):
         """
 
     def members(self) -> list[Process]:
-        """All living processes of the tree."""
+        """All living processes of the tree, as far as one look shows them."""
+
+    def empty(self) -> bool:
+        """Whether no process of the tree is alive; looks twice where one look can miss somebody."""
 
     def signal(self, number: int) -> int:
         """Send a signal to every member, then SIGCONT. Returns how many there were."""

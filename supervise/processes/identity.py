@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Collection
 from functools import lru_cache
 
 from attrs import frozen
@@ -51,31 +52,54 @@ class Process:
 
 def read(pid: int) -> Process | None:
     """The process of this pid, or None if there is none."""
+    fields = _stat(str(pid))
+    return None if fields is None else _process(pid, fields)
+
+
+def started_since(start: int, *, skip: Collection[int] = ()) -> tuple[list[Process], set[int]]:
+    """The processes that were started at `start` (in ticks) or later, and the pids of all that were seen.
+
+    Pids in `skip` are passed over.
+    """
+    found: list[Process] = []
+    seen: set[int] = set()
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or (pid := int(name)) in skip:
+            continue
+        seen.add(pid)
+        fields = _stat(name)
+        if fields is not None and int(fields[19]) >= start:
+            found.append(_process(pid, fields))
+    return found, seen
+
+
+def _stat(name: str) -> list[bytes] | None:
+    """The fields of /proc/PID/stat after the name of the program."""
     try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            text = file.read(4096)
+        descriptor = os.open(f"/proc/{name}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(descriptor, 4096)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno in _GONE:
             return None
         raise
     # The name in parentheses may hold anything, also spaces and parentheses.
-    rest = text[text.rindex(b")") + 2 :].split()
+    return text[text.rindex(b")") + 2 :].split()
+
+
+def _process(pid: int, fields: list[bytes]) -> Process:
     return Process(
         pid,
-        parent=int(rest[1]),
-        group=int(rest[2]),
-        session=int(rest[3]),
-        state=rest[0].decode(),
-        start=int(rest[19]),
-        cpu=int(rest[11]) + int(rest[12]),
-        pages=int(rest[21]),
+        parent=int(fields[1]),
+        group=int(fields[2]),
+        session=int(fields[3]),
+        state=fields[0].decode(),
+        start=int(fields[19]),
+        cpu=int(fields[11]) + int(fields[12]),
+        pages=int(fields[21]),
     )
-
-
-def everyone() -> list[Process]:
-    """All processes that can be seen."""
-    found = (read(int(name)) for name in os.listdir("/proc") if name.isdigit())
-    return [process for process in found if process is not None]
 
 
 def environment_of(pid: int) -> bytes:

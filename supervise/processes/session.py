@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -123,11 +123,23 @@ class SessionContainment:
         return leader
 
     def members(self) -> list[Process]:
-        processes = {process.pid: process for process in identity.everyone() if process.start >= self._since}
+        return self._look()[0]
+
+    def empty(self) -> bool:
+        if not self._leaders:
+            return True
+        members, seen = self._look()
+        # Who forks and ends while /proc is read is missed, and its child too. A second look at what is new since
+        # the first finds the child.
+        return not members and not self._look(skip=seen - self._leaders.keys())[0]
+
+    def _look(self, skip: Collection[int] = ()) -> tuple[list[Process], set[int]]:
+        started, seen = identity.started_since(self._since, skip=skip)
+        processes = {process.pid: process for process in started}
         token = self._token.encode()
         found = {
             process.pid
-            for process in processes.values()
+            for process in started
             if process.pid in self._leaders
             or process.session in self._leaders
             or process.group in self._leaders
@@ -135,10 +147,10 @@ class SessionContainment:
         }
         grown = True
         while grown:  # children of members are members, whatever they did to their session and environment
-            more = {p.pid for p in processes.values() if p.parent in found and p.pid not in found}
+            more = {p.pid for p in started if p.parent in found and p.pid not in found}
             grown = bool(more)
             found |= more
-        return [processes[pid] for pid in sorted(found) if processes[pid].alive]
+        return [processes[pid] for pid in sorted(found) if processes[pid].alive], seen
 
     def signal(self, number: int) -> int:
         members = self.members()
