@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from supervise import events
     from supervise.agents.claude import ClaudeAgent
     from supervise.agents.mock import MockAgent
     from supervise.agents.protocol import Agent, AgentRun
@@ -82,9 +83,46 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [  # noqa: PLE0604  # the names are those of _HOME, kept in one place
+__all__ = [
+    "Agent",
+    "AgentReport",
+    "AgentRun",
+    "AgentSettings",
+    "BadInput",
+    "ClaudeAgent",
+    "Event",
+    "EventsDropped",
+    "ExitStatus",
+    "FailureKind",
+    "IllegalTransition",
+    "IndexReport",
+    "IndexSettings",
+    "IndexStatus",
+    "Job",
+    "JobFailed",
+    "JobNotDone",
+    "JobResult",
+    "JobSpec",
+    "JobState",
+    "MissingExtra",
+    "MockAgent",
+    "Outcome",
+    "Secret",
+    "Settings",
+    "SettingsError",
+    "SpawnError",
+    "SpecError",
+    "StopPolicy",
+    "SuperviseError",
+    "Supervisor",
+    "Survivor",
+    "UnsupportedPlatform",
+    "Usage",
+    "WatchMetrics",
     "events",
-    *sorted(_MODULE_OF),
+    "open_job",
+    "open_supervisor",
+    "run_job",
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from enum import Enum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
@@ -198,9 +198,13 @@ def _converter() -> Converter:
     from cattrs import Converter
 
     converter = Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
-    # A StrEnum goes by the hooks of `str`, unless there is one for its own class.
-    converter.register_unstructure_hook(StrEnum, lambda member: member.value)
-    _register_scalars(converter)
+    converter.register_structure_hook(bool, _exactly(bool, "true or false", _as_it_is))
+    converter.register_structure_hook(int, _exactly(int, "a whole number", _as_it_is))
+    converter.register_structure_hook(float, _exactly((int, float), "a number", _float))
+    converter.register_structure_hook(str, _exactly(str, "a text", _as_it_is))
+    for mixed in (StrEnum, IntEnum):  # without hooks of their own they would go by those of `str` and `int`
+        converter.register_unstructure_hook(mixed, lambda member: member.value)
+        converter.register_structure_hook(mixed, lambda value, kind: kind(value))
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook(Path, _exactly(str, "a path", Path))
     # A secret never leaves by JSON: whoever receives a spec has secrets of their own.
@@ -210,17 +214,6 @@ def _converter() -> Converter:
     _register_payloads(converter)
     _register_spec(converter)
     return converter
-
-
-def _register_scalars(converter: Converter) -> None:
-    strict = {
-        bool: _exactly(bool, "true or false", _as_it_is),
-        int: _exactly(int, "a whole number", _as_it_is),
-        float: _exactly((int, float), "a number", _float),
-        str: _exactly(str, "a text", _as_it_is),
-    }
-    # By identity: a hook for the class `str` would be that of every StrEnum, too.
-    converter.register_structure_hook_factory(lambda kind: kind in strict, lambda kind: strict[kind])
 
 
 def _register_tuples(converter: Converter) -> None:

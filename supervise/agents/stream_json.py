@@ -66,18 +66,16 @@ class StreamJsonParser:
     def feed(self, data: bytes) -> list[AgentEvent]:
         """The events of all lines that end within `data`. Never raises, whatever the bytes."""
         events: list[AgentEvent] = []
-        for start in range(0, len(data), _PIECE):
-            first, *lines = data[start : start + _PIECE].split(b"\n")
-            self._hold(first, events)
-            if lines:
+        start = 0
+        while (end := data.find(b"\n", start)) >= 0:
+            if self._held or self._skipping or end - start > self._max_line:
+                self._hold(data, start, end, events)
                 self._end_line(events)
-                last = lines.pop()
-                for line in lines:
-                    if len(line) <= self._max_line:
-                        self._read(line, events)
-                    else:
-                        events.append(self._too_long(line))
-                self._hold(last, events)
+            else:
+                self._read(data[start:end], events)
+            start = end + 1
+        if start < len(data):
+            self._hold(data, start, len(data), events)
         return events
 
     def close(self) -> list[AgentEvent]:
@@ -86,20 +84,20 @@ class StreamJsonParser:
         self._end_line(events)
         return events
 
-    def _hold(self, piece: bytes, events: list[AgentEvent]) -> None:
+    def _hold(self, data: bytes, start: int, end: int, events: list[AgentEvent]) -> None:
+        """Add `data[start:end]` to the line that has begun."""
         if self._skipping:
             return
-        self._held += piece
-        if len(self._held) > self._max_line:
-            events.append(self._too_long(self._held))
-            self._held = bytearray()
-            self._skipping = True
-
-    def _too_long(self, line: bytes | bytearray) -> BadLine:
+        if len(self._held) + end - start <= self._max_line:
+            self._held += memoryview(data)[start:end]
+            return
+        begin = bytes(self._held[:_EXCERPT]) + data[start : min(end, start + _EXCERPT)]
         # The size is where the limit was passed, so that it does not depend on how the bytes were cut.
         size = self._max_line + 1
         reason = f"longer than {self._max_line} bytes"
-        return BadLine(reason=reason, excerpt=_excerpt(line[: min(size, _EXCERPT)]), size=size, too_long=True)
+        events.append(BadLine(reason=reason, excerpt=_excerpt(begin[:size]), size=size, too_long=True))
+        self._held = bytearray()
+        self._skipping = True
 
     def _end_line(self, events: list[AgentEvent]) -> None:
         line, self._held = self._held, bytearray()
@@ -108,11 +106,16 @@ class StreamJsonParser:
 
     def _read(self, line: bytes | bytearray, events: list[AgentEvent]) -> None:
         try:
-            raw = _load(line)
-        except (ValueError, RecursionError) as error:
-            if line.strip():
+            raw = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            if not line.strip():
+                return
+            try:
+                # orjson refuses lone surrogates, json does not. Decoded here: json would take UTF-16, too.
+                raw = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
                 events.append(_bad(line, _why(error)))
-            return
+                return
         if type(raw) is not dict:
             events.append(_bad(line, "not an object"))
             return
@@ -130,15 +133,12 @@ class StreamJsonParser:
 
     def _result(self, raw: Raw) -> AgentResult:
         self._results += 1
-        get = raw.get
-        subtype = s if type(s := get("subtype")) is str else ""
-        is_error = get("is_error")
+        subtype = _text(raw, "subtype")
+        is_error = raw.get("is_error")
         if type(is_error) is not bool:
             is_error = subtype != "success"  # success is to be said, not to be assumed
-        text = s if type(s := get("result")) is str else ""
-        errors: tuple[str, ...] = ()
-        if "errors" in raw:
-            errors = tuple(error for error in _list(raw, "errors") if type(error) is str)
+        text = _text(raw, "result")
+        errors = tuple([error for error in _list(raw, "errors") if type(error) is str])
         reset_at = None
         if is_error:  # the text of a success is the agent's own, whatever it quotes
             reset_at = _reset_field(raw) or _reset_text(text, *errors) or self._reset_at
@@ -148,30 +148,22 @@ class StreamJsonParser:
             subtype=subtype,
             text=text,
             errors=errors,
-            session_id=s if type(s := get("session_id")) is str else None,
+            session_id=_text_or_none(raw, "session_id"),
             usage=_usage(raw, several=self._results > 1),
             cost_usd=_number(raw, "total_cost_usd"),
             num_turns=_count(raw, "num_turns"),
             duration=_number(raw, "duration_ms", _MS),
             api_duration=_number(raw, "duration_api_ms", _MS),
-            stop_reason=s if type(s := get("stop_reason")) is str else None,
-            terminal_reason=s if type(s := get("terminal_reason")) is str else None,
+            stop_reason=_text_or_none(raw, "stop_reason"),
+            terminal_reason=_text_or_none(raw, "terminal_reason"),
             api_status=_count(raw, "api_error_status"),
-            api_error=s if type(s := get("api_error")) is str else None,
-            permission_denials=len(s) if type(s := get("permission_denials")) is list else 0,
+            api_error=_text_or_none(raw, "api_error"),
+            permission_denials=len(_list(raw, "permission_denials")),
             reset_at=reset_at,
         )
 
 
 # --- lines -------------------------------------------------------------------------------------------------
-
-
-def _load(line: bytes | bytearray) -> Any:
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        # orjson refuses lone surrogates, json does not. Decoded here: json would take UTF-16 bytes as well.
-        return json.loads(line.decode())
 
 
 def _why(error: ValueError | RecursionError) -> str:
@@ -319,15 +311,19 @@ def _joined(content: object) -> str:
 
 
 def _usage(raw: Raw, *, several: bool) -> Usage:
-    usage = _tokens(_table(raw, "usage"), _TURN_COUNTS)
-    if several or not any(usage):
-        models = [model for model in _table(raw, "modelUsage").values() if type(model) is dict]
-        if models:
-            usage = [sum(c) for c in zip(*(_tokens(model, _MODEL_COUNTS) for model in models))]
-    return Usage(*usage)
+    models = [model for model in _table(raw, "modelUsage").values() if type(model) is dict]
+    if not models or not several:
+        turn = _tokens(_table(raw, "usage"), _TURN_COUNTS)
+        if any(turn) or not models:
+            return Usage(*turn)
+    if len(models) == 1:
+        return Usage(*_tokens(models[0], _MODEL_COUNTS))
+    return Usage(*map(sum, zip(*(_tokens(model, _MODEL_COUNTS) for model in models), strict=True)))
+
 
 def _tokens(table: Raw, names: tuple[str, ...]) -> list[int]:
     return [n if type(n) is int and 0 <= n < _COUNT_LIMIT else 0 for n in map(table.get, names)]
+
 
 # In the order of the fields of `Usage`.
 _TURN_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
@@ -339,7 +335,7 @@ _MODEL_COUNTS = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCr
 _RESET_FIELDS = ("resetsAt", "resetAt", "resets_at", "reset_at")
 _RESET_TEXTS = (  # each begins with a literal, which is what makes a search fast
     re.compile(r"limit reached\|(\d{13}|\d{10})\b"),
-    re.compile(r"reset(?:s|) at:? (\d{13}|\d{10}|\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d))"),
+    re.compile(r"resets? at:? (\d{13}|\d{10}|\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d))"),
 )
 
 

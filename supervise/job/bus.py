@@ -25,6 +25,7 @@ class Bus:
         self._count = 0
         self._readers: set[Subscription] = set()
         self._closed = False
+        self._ended = trio.Event()
 
     def publish(self, event: Event) -> None:
         """Stamp `event` and hand it to every reader. Never waits."""
@@ -37,6 +38,7 @@ class Bus:
     def close(self) -> None:
         """No further event will come."""
         self._closed = True
+        self._ended.set()
         for reader in self._readers:
             reader._wake()
 
@@ -87,6 +89,10 @@ class Subscription:
             first = self._buffer[0]
             return EventsDropped(count=count, time=first.time, job_id=first.job_id)
         return self._buffer.popleft()
+
+    async def job_ended(self) -> None:
+        """Wait until no further event will come, whatever is still in the buffer. Cancelling ends the wait only."""
+        await self._bus._ended.wait()
 
     def _push(self, event: Event) -> None:
         if len(self._buffer) >= BUFFER:

@@ -1,0 +1,179 @@
+"""The command line: commands and options, and how errors are told."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import trio
+from cyclopts import App, CycloptsError, Group, Parameter
+from rich.console import Console
+
+from supervise.cli import exit_codes
+from supervise.cli.hardening import hide_environment
+from supervise.errors import SettingsError, SpecError, SuperviseError, UnsupportedPlatform
+from supervise.secrets import Masker, secret_values
+from supervise.settings import Settings
+
+EPILOGUE = """Exit codes: 0 completed, 1 failed, 2 wrong use, 124 timed out, 130 and 143 cancelled by SIGINT and
+SIGTERM, 141 cancelled because standard output was closed."""
+
+app = App(
+    name="supervise",
+    help="Run coding agents unattended, next to a code-index watch, and leave nothing behind.",
+    help_epilogue=EPILOGUE,
+    version_flags=["--version"],
+    result_action="return_value",
+)
+
+_agent = Group("Agent")
+_job = Group("Job")
+_output = Group("Output")
+
+Config = Annotated[Path | None, Parameter(name="--config", help="TOML file to read instead of the user's.")]
+Json = Annotated[
+    bool,
+    Parameter(
+        name="--json",
+        negative=(),
+        group=_output,
+        help="Events, then the result, one JSON object a line, on standard output.",
+    ),
+]
+Fault = Literal["watch-start", "watch-crash", "stubborn", "reconcile", "cancel"]
+
+
+@app.command
+def run(
+    prompt: Annotated[
+        str | None, Parameter(help="What the agent is told; '-' or nothing: read from standard input.")
+    ] = None,
+    /,
+    *,
+    workspace: Annotated[Path, Parameter(group=_job, help="Directory that the agent works in.")] = Path("."),
+    timeout: Annotated[
+        float, Parameter(group=_job, help="Seconds from the agent's start until it is stopped.")
+    ] = 600.0,
+    job_id: Annotated[str | None, Parameter(group=_job, help="Id of the job; made if absent.")] = None,
+    user: Annotated[
+        str | None, Parameter(group=_job, help="User to run the agent and the index as (root only).")
+    ] = None,
+    model: Annotated[str | None, Parameter(group=_agent, help="Model or alias.")] = None,
+    max_turns: Annotated[int | None, Parameter(group=_agent, help="Turns after which the run fails.")] = None,
+    max_budget_usd: Annotated[float | None, Parameter(group=_agent, help="Dollars after which the run fails.")] = None,
+    allowed_tools: Annotated[
+        list[str] | None,
+        Parameter(group=_agent, negative=(), help="Tool that needs no permission; may be given again."),
+    ] = None,
+    permission_mode: Annotated[str | None, Parameter(group=_agent, help="acceptEdits, plan, dontAsk, …")] = None,
+    resume: Annotated[str | None, Parameter(group=_agent, help="Id of a session to go on with.")] = None,
+    set: Annotated[  # the option's name
+        list[str] | None,
+        Parameter(negative=(), help="A setting, as name=value: --set index.mode=none; may be given again."),
+    ] = None,
+    config: Config = None,
+    json: Json = False,
+) -> int:
+    """Run a job: the agent, with the index watch beside it, in a directory.
+
+    Example: supervise run --workspace . "Add tests for the parser."
+    """
+    from supervise.agents.claude import ClaudeAgent
+    from supervise.cli import run as command
+    from supervise.model import JobSpec, new_job_id
+
+    settings = Settings.load(config=config, overrides=_overrides(set))
+    agent = ClaudeAgent(
+        model=model,
+        max_turns=max_turns,
+        max_budget_usd=max_budget_usd,
+        allowed_tools=allowed_tools or (),
+        permission_mode=permission_mode,
+        resume=resume,
+    )
+    spec = JobSpec(
+        prompt=command.read_prompt(prompt),
+        workspace=workspace,
+        job_id=job_id or new_job_id(),
+        agent=agent,
+        timeout=timeout,
+        user=user,
+    )
+    return _trio(command.run, spec, settings, json)
+
+
+@app.command
+def demo(
+    *,
+    fault: Annotated[Fault | None, Parameter(help="Show the road that a fault takes.")] = None,
+    keep: Annotated[bool, Parameter(negative=(), help="Keep the scratch directory.")] = False,
+    json: Json = False,
+) -> int:
+    """Run the main job on a scratch repository, with a real small indexer and a scripted agent, and prove the index.
+
+    Needs no Claude, no cidx and no key. Example: supervise demo --fault watch-crash
+    """
+    from supervise.cli import demo as command
+
+    return _trio(command.run, fault, keep, json)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line. Returns the exit code; a user never sees a traceback for a mistake of theirs."""
+    try:
+        code = app(argv, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return _complain(_plain(error), exit_codes.USAGE)
+    except (SpecError, SettingsError, UnsupportedPlatform, ImportError) as error:
+        if isinstance(error, ImportError) and not isinstance(error, SuperviseError):
+            return _bug()
+        return _complain(str(error), exit_codes.USAGE)
+    except SuperviseError as error:
+        return _complain(str(error), exit_codes.FAILED)
+    except KeyboardInterrupt:
+        return exit_codes.of_signal(2)
+    except Exception:
+        return _bug()
+    return code if isinstance(code, int) else exit_codes.COMPLETED
+
+
+def _trio(function: Any, *args: Any) -> int:
+    """Run a command's async part."""
+    import logging
+
+    from supervise.cli.view import ConsoleLog
+
+    hide_environment()
+    console = Console(stderr=True)
+    logging.getLogger("supervise").addHandler(ConsoleLog(console))
+    code: int = trio.run(lambda: function(*args, console=console))
+    return code
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {pair!r} is no name=value; write --set index.mode=none, for instance")
+        overrides[name] = value
+    return overrides
+
+
+def _plain(error: CycloptsError) -> str:
+    return " ".join(str(error).split()) + " (supervise --help lists what there is)"
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"supervise: {message}", file=sys.stderr)
+    return code
+
+
+def _bug() -> int:
+    """A bug of ours: the traceback helps whoever mends it. Secrets are masked in it."""
+    mask = Masker(secret_values(os.environ))
+    print(mask.text(traceback.format_exc()), file=sys.stderr)
+    return _complain("this is a bug in supervise; please report the lines above", exit_codes.FAILED)
