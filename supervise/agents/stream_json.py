@@ -1,7 +1,7 @@
 """The stream-json lines of the Claude CLI: bytes in, events out. No Trio, no I/O.
 
-The CLI prints one JSON object a line and adds kinds and fields with every version. So `_READERS` is short on
-purpose: a line that is not in it passes through as an `UnknownEvent`, a field of an odd type counts as
+The CLI prints one JSON object a line and adds kinds and fields with every version. So the tables of readers
+are short on purpose: a line of another kind passes through as an `UnknownEvent`, a field of an odd type counts as
 missing, and every event carries the whole line in `raw`.
 
 One rule is not visible in a single line. `usage` of a result counts its own turn, `modelUsage` counts the
@@ -39,11 +39,10 @@ __all__ = ["MAX_LINE", "StreamJsonParser"]
 
 MAX_LINE = 64 * 1024 * 1024
 
-_PIECE = 64 * 1024  # what is looked at in one go, so that little more than `max_line` is ever copied
 _EXCERPT = 200  # bytes of a bad line that its event shows
 _COUNT_LIMIT = 2**53  # above it JSON numbers are not exact, and no honest count gets there
 _NUMBER_LIMIT = 1e12
-_MS = 1e-3  # seconds in a millisecond
+_MS = 1000.0  # a second
 
 Raw = dict[str, Any]
 
@@ -108,7 +107,7 @@ class StreamJsonParser:
         try:
             raw = orjson.loads(line)
         except orjson.JSONDecodeError:
-            if not line.strip():
+            if not line or line.isspace():
                 return
             try:
                 # orjson refuses lone surrogates, json does not. Decoded here: json would take UTF-16, too.
@@ -127,9 +126,10 @@ class StreamJsonParser:
         if reader is not None and (found := reader(raw)):
             events += found
             return
-        if "rate_limit" in kind:
+        subtype = _text(raw, "subtype")
+        if "rate_limit" in kind or "rate_limit" in subtype:
             self._reset_at = _reset_field(raw) or self._reset_at
-        events.append(UnknownEvent(raw=raw, kind=kind, subtype=_text(raw, "subtype")))
+        events.append(UnknownEvent(raw=raw, kind=kind, subtype=subtype))
 
     def _result(self, raw: Raw) -> AgentResult:
         self._results += 1
@@ -295,11 +295,11 @@ def _count(table: Raw, key: str) -> int | None:
     return value if type(value) is int and 0 <= value < _COUNT_LIMIT else None
 
 
-def _number(table: Raw, key: str, scale: float = 1.0) -> float | None:
+def _number(table: Raw, key: str, unit: float = 1.0) -> float | None:
     value = table.get(key)
     # The comparison comes before the arithmetic: NaN fails it, and a huge integer never becomes a float.
     if (type(value) is float or type(value) is int) and 0 <= value < _NUMBER_LIMIT:
-        return value * scale
+        return value / unit
     return None
 
 
@@ -334,8 +334,8 @@ _MODEL_COUNTS = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCr
 
 _RESET_FIELDS = ("resetsAt", "resetAt", "resets_at", "reset_at")
 _RESET_TEXTS = (  # each begins with a literal, which is what makes a search fast
-    re.compile(r"limit reached\|(\d{13}|\d{10})\b"),
-    re.compile(r"resets? at:? (\d{13}|\d{10}|\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d))"),
+    re.compile(r"limit reached\|(\d{13}|\d{10})\b", re.ASCII),
+    re.compile(r"resets? at:? (\d{13}|\d{10}|\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:\d\d))\b", re.ASCII),
 )
 
 

@@ -50,7 +50,7 @@ async def _run(scratch: Path, fault: str | None, json: bool, console: Console) -
     people = Console()
     if not json:
         what = FAULTS[fault] if fault else "a job whose index watch sees every edit"
-        people.print(f"[bold]supervise demo[/] · {what}", highlight=False)
+        people.print(f"[bold]supervise demo[/] · {what}", highlight=False, soft_wrap=True)
         people.print(f"[dim]{scene.workspace}: {scene.about}[/]", highlight=False, soft_wrap=True)
     settings = scene.settings
     async with (

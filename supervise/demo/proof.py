@@ -72,6 +72,8 @@ def _compare(workspace: Path) -> Iterator[tuple[bytes | None, str | None]]:
             rows = {path: (key, digest) for key, path, digest in _rows(database)}
             for path in _files(workspace):
                 yield path, _difference(database, workspace, path, rows.pop(path, None))
+            for (key,) in database.execute("SELECT rowid FROM texts WHERE rowid NOT IN (SELECT id FROM files)"):
+                yield None, f"the full text holds an entry {key} that belongs to no file"
         finally:
             database.close()
     except sqlite3.Error as error:

@@ -29,7 +29,7 @@ FAULTS = {
     "watch-crash": "the watch crashes whenever it sees an edit: it is restarted, and at the end not trusted",
     "stubborn": "the watch ignores SIGINT and SIGTERM, and so does a child that has left its session",
     "reconcile": "neither watch nor reconcile work: the index is told to be stale, on disk, for the next job",
-    "cancel": "the job is cancelled while the agent works: the index is left marked stale",
+    "cancel": "the job is cancelled while the agent works: the watch flushes what there is, or the index is marked stale",
 }
 
 #: With `--fault cancel`, the job is cancelled when the agent has used so many tools.
@@ -94,7 +94,8 @@ async def set_up(scratch: Path, fault: str | None) -> Scene:
 
 def demo_settings(state_dir: Path, fault: str | None) -> Settings:
     """Settings that put the demo's programs in the place of the real ones."""
-    python = (sys.executable, "-m")
+    # -P: without it, Python would look for modules in the workspace first, which the agent writes.
+    python = (sys.executable, "-P", "-m")
     indexer = (*python, "supervise.demo.indexer", *(("--fault", fault) if fault not in (None, "cancel") else ()))
     return Settings(
         state_dir=state_dir,
