@@ -169,7 +169,7 @@ def loads(data: bytes | str) -> Any:
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        return json.loads(data)
+        return json.loads(data if isinstance(data, str) else data.decode())  # json would take UTF-16, too
 
 
 def _exactly(kinds: type | tuple[type, ...], wanted: str, make: Callable[[Any], Any]) -> Any:

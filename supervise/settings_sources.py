@@ -216,7 +216,7 @@ def _command_line(overrides: Mapping[str, Any], options: Mapping[str, OptionInfo
 
 def _unknown(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "`supervise config` lists the settings"
+    hint = f"did you mean {near[0]!r}?" if near else "docs/settings.md lists the settings"
     return f"{name!r} is no setting; {hint}"
 
 

@@ -16,6 +16,7 @@ from supervise.events import (
     AgentPermissionDenied,
     AgentResult,
     BadLine,
+    UnknownEvent,
 )
 from supervise.model import AgentReport, ExitStatus, FailureKind
 from supervise.processes.child import Child
@@ -44,10 +45,10 @@ async def run_command(run: AgentRun, argv: tuple[str, ...], parser: Parser, *, s
     Cancelling ends the program's tree by the job's stop policy, reports what is known, and propagates.
     """
     reader = _Reader(run, parser)
+    stderr = Lines(reader.stderr_line)
     child: Child | None = None
     try:
         async with run.tree() as tree:
-            stderr = Lines(reader.stderr_line)
             child = await tree.spawn(run.command(argv, stdin=stdin), stdout=reader.feed, stderr=stderr.feed)
             run.started(child.pid)
             with reader.patience:
@@ -58,6 +59,7 @@ async def run_command(run: AgentRun, argv: tuple[str, ...], parser: Parser, *, s
     finally:
         if child is not None:
             reader.close()
+            stderr.close()
             run.report(reader.report(argv[0], child.status, child.tails()))
 
 
@@ -78,10 +80,11 @@ class _Reader:
         self._finished = False
 
     def feed(self, data: bytes) -> None:
+        self._run.progress(0)  # the beginning of a long line is life, too
         self._take(self._parser.feed(data))
         if not self._too_long:
-            good = self._result is not None and not self._result.is_error
-            self.patience.deadline = trio.current_time() + self._run.settings.exit_linger if good else float("inf")
+            linger = self._run.settings.exit_linger if self._finished else float("inf")
+            self.patience.deadline = trio.current_time() + linger
 
     def stderr_line(self, line: str) -> None:
         self._run.progress()
@@ -118,16 +121,19 @@ class _Reader:
 
     def _take(self, events: Sequence[AgentEvent]) -> None:
         for event in events:
-            self._finished = False
             match event:
                 case AgentResult():
                     self._result = event
                     self._finished = not event.is_error
+                case UnknownEvent() | BadLine(too_long=False):  # news of a background task, say: no further turn
+                    pass
                 case AgentPermissionDenied():
                     self._denials += 1
                 case BadLine(too_long=True):
                     self._too_long = self._too_long or event
                     self.patience.cancel()
+                case _:  # the result was not the last: a further turn has begun, and may be silent for long
+                    self._finished = False
             self._session_id = getattr(event, "session_id", None) or self._session_id
             self._run.emit(event)
         if events:
