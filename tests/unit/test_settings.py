@@ -386,7 +386,7 @@ def test_unknown_names_in_the_file(home: Path, text: str, name: str, near: str) 
 
 def test_names_like_no_other_point_to_the_list(home: Path) -> None:
     users_file(home, "qqq = 1")
-    assert refusal(home).endswith("'qqq' is no setting; `supervise config` lists the settings")
+    assert refusal(home).endswith("'qqq' is no setting; docs/settings.md lists the settings")
 
 
 def test_a_table_is_a_table(home: Path) -> None:
