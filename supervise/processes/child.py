@@ -140,18 +140,30 @@ async def open_tree(
         emit: gets the events.
 
     Leaving waits until no process of the tree is alive (bounded by the policy, not cancellable), and its output
-    is read to the end (at most `pipe_timeout` longer). An exception of the block leaves it unwrapped.
+    is read to the end (at most `pipe_timeout` longer). An exception of the block leaves it unwrapped. A Ctrl-C that
+    comes meanwhile goes on to the policy's next step.
     """
+    containment = options.contain(f"{options.mark}:{role}:{secrets.token_hex(8)}")
     error: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        tree = ProcessTree(role, policy, hurry, options, emit, nursery)
-        try:
-            yield tree
-        except BaseException as exc:  # raised again below, outside of the nursery, so that it is not wrapped
-            error = exc
-        await tree.stop()
-        await tree._drain()
-    await tree._close()
+    try:
+        async with trio.open_nursery() as nursery:
+            tree = ProcessTree(role, policy, hurry, options, emit, containment, nursery)
+            try:
+                yield tree
+            except BaseException as exc:  # raised again below, outside of the nursery, so that it is not wrapped
+                error = exc
+            # In a task of its own: a KeyboardInterrupt breaks every wait of the main task, shielded or not.
+            ended = trio.Event()
+            nursery.start_soon(tree._end, ended)
+            while not ended.is_set():
+                try:
+                    with trio.CancelScope(shield=True):
+                        await ended.wait()
+                except KeyboardInterrupt as exc:
+                    error = exc
+                    hurry.next()
+    finally:
+        containment.close()
     if error is not None:
         raise error
 
@@ -167,6 +179,7 @@ class ProcessTree:
         hurry: Hurry,
         options: TreeOptions,
         emit: Callable[[Event], None],
+        containment: Containment,
         nursery: trio.Nursery,
     ) -> None:
         self.role = role
@@ -175,17 +188,19 @@ class ProcessTree:
         self._hurry = hurry
         self._options = options
         self._emit = emit
+        self._containment = containment
         self._nursery = nursery
-        self._containment = options.contain(f"{options.mark}:{role}:{secrets.token_hex(8)}")
         self._children: list[ProcessChild] = []
         self._tasks: list[trio.CancelScope] = []
 
+    @trio.lowlevel.enable_ki_protection
     async def spawn(self, command: Command, *, stdout: Sink | None = None, stderr: Sink | None = None) -> ProcessChild:
         """See `Tree.spawn`."""
         ours: list[int] = []
         theirs: list[int] = []
         try:
-            for mine, other in (_pipe(), _pipe(), _pipe()):
+            for _ in range(3):
+                mine, other = _pipe()
                 ours.append(mine)
                 theirs.append(other)
             # Standard input is written by us and read by the child: the other way round than the outputs.
@@ -276,19 +291,29 @@ class ProcessTree:
     def _cut(self, stream: str, reason: str) -> None:
         self._emit(OutputTruncated(role=self.role, stream=stream, reason=reason))
 
-    async def _drain(self) -> None:
-        """Read what is left in the pipes: the tree is empty, but a stranger may hold them."""
-        with trio.move_on_after(self._options.pipe_timeout, shield=True):
-            for child in self._children:
-                await child.drained()
+    @trio.lowlevel.enable_ki_protection
+    async def _end(self, ended: trio.Event) -> None:
+        """All that leaving the block does."""
+        try:
+            with trio.CancelScope(shield=True):
+                await self.stop()
+                with trio.move_on_after(self._options.pipe_timeout):  # a stranger may hold the pipes
+                    await self._drained()
+                self._cancel_tasks()
+                await self._drained()
+                if self._options.log_dir is not None:  # putting head and tail of a large log together takes a while
+                    await trio.to_thread.run_sync(self._close_logs)
+        finally:
+            self._cancel_tasks()
+            ended.set()
+
+    async def _drained(self) -> None:
+        for child in self._children:
+            await child.drained()
+
+    def _cancel_tasks(self) -> None:
         for scope in self._tasks:
             scope.cancel()
-
-    async def _close(self) -> None:
-        self._containment.close()
-        if self._options.log_dir is not None:
-            with trio.CancelScope(shield=True):  # putting head and tail of a large log together takes a while
-                await trio.to_thread.run_sync(self._close_logs)
 
     def _close_logs(self) -> None:
         for child in self._children:

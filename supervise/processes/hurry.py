@@ -19,10 +19,10 @@ class Hurry:
 
     def next(self) -> None:
         """End the steps that are waiting now; if none is, the next one will not wait."""
-        if self._waits:
-            for scope in self._waits:
-                scope.cancel()
-        else:
+        waiting = [scope for scope in self._waits if not scope.cancel_called]
+        for scope in waiting:
+            scope.cancel()
+        if not waiting:
             self._owed += 1
 
     @contextmanager

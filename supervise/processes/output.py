@@ -44,7 +44,7 @@ class BoundedLog:
         try:
             if self._head_room:
                 head = data[: self._head_room]
-                self._file.write(head)
+                self._put(head)
                 self._head_room -= len(head)
                 data = data[len(head) :]
             if data:
@@ -54,11 +54,10 @@ class BoundedLog:
 
     def close(self) -> None:
         """Put head and tail together. Call once; blocks for as long as copying half of `limit` takes."""
-        if self._file is None:
-            return
         try:
-            self._file.close()
-            if self._tails:
+            if self._file is not None:
+                self._file.close()
+            if self._tails:  # also what was written before the disk refused more
                 with self._path.open("ab") as log:
                     if self._dropped:
                         log.write(f"\n[… {self._dropped} bytes left out …]\n".encode())
@@ -74,11 +73,17 @@ class BoundedLog:
         while data:
             if not self._tails or self._in_tail >= self._segment:
                 self._next_tail()
-            assert self._file is not None
             part = data[: self._segment - self._in_tail]
-            self._file.write(part)
+            self._put(part)
             self._in_tail += len(part)
             data = data[len(part) :]
+
+    def _put(self, data: bytes) -> None:
+        """Write all: a disk that gets full takes a part, and tells only when it is asked to take the rest."""
+        assert self._file is not None
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def _next_tail(self) -> None:
         if self._file is not None:

@@ -4,8 +4,8 @@ The leader gets a session (and so a process group) of its own and stays a zombie
 while it is there, the kernel gives its pid to nobody, so that a signal to the group cannot hit a stranger.
 Who left the session is found by the marker that every descendant inherits, and by its parents.
 
-What this cannot promise: a process that left the session, cleared its environment and lost its parent is not
-found, and a supervisor killed with -9 leaves the tree alive.
+What this cannot promise: a process that left the session, cleared its environment and lost its parent before
+anybody looked is not found, and a supervisor killed with -9 leaves the tree alive.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
 
@@ -35,17 +36,24 @@ MARK = "SUPERVISE_MARK"
 #: How many members one wait watches: more would only cost descriptors, since any end leads to a new look.
 WATCHED_AT_ONCE = 32
 
+#: How many descriptors one look, or one signal, needs at once. A tree keeps as many in reserve.
+RESERVE = 2
+
 # Ignored signals and a blocked mask survive exec. The only way to reset them without running Python between
 # fork and exec of a process with threads is a program in between, which is started where there is need.
 LAUNCHER = """
 import os, signal, sys
-report = int(sys.argv[1])
+report, locale, program, *argv = sys.argv[1:]
+report = int(report)
 os.set_inheritable(report, False)
+os.environ.pop("LC_CTYPE", None)  # in the C locale Python sets it for itself, and its children
+if locale:
+    os.environ["LC_CTYPE"] = locale
 for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
     signal.signal(number, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 try:
-    os.execv(sys.argv[2], sys.argv[3:])
+    os.execv(program, argv)
 except OSError as error:
     os.write(report, str(error.errno).encode())
 os._exit(127)
@@ -98,6 +106,8 @@ class SessionContainment:
         self._since = identity.now_in_ticks()
         self._leaders: dict[int, SessionLeader] = {}
         self._not_ours: dict[int, str] = {}
+        self._reserve: list[int] = []
+        self._known: set[tuple[int, int]] = set()
 
     async def spawn(self, command: Command, pipes: Pipes) -> SessionLeader:
         program = find_program(command)
@@ -120,6 +130,7 @@ class SessionContainment:
             popen.wait()
             raise spawn_error(command, error) from None
         self._leaders[popen.pid] = leader
+        self._fill_reserve()
         return leader
 
     def members(self) -> list[Process]:
@@ -134,6 +145,10 @@ class SessionContainment:
         return not members and not self._look(skip=seen - self._leaders.keys())[0]
 
     def _look(self, skip: Collection[int] = ()) -> tuple[list[Process], set[int]]:
+        with self._descriptors():
+            return self._members(skip)
+
+    def _members(self, skip: Collection[int]) -> tuple[list[Process], set[int]]:
         started, seen = identity.started_since(self._since, skip=skip)
         processes = {process.pid: process for process in started}
         token = self._token.encode()
@@ -143,6 +158,7 @@ class SessionContainment:
             if process.pid in self._leaders
             or process.session in self._leaders
             or process.group in self._leaders
+            or (process.pid, process.start) in self._known
             or (process.alive and token in identity.environment_of(process.pid))
         }
         grown = True
@@ -150,7 +166,11 @@ class SessionContainment:
             more = {p.pid for p in started if p.parent in found and p.pid not in found}
             grown = bool(more)
             found |= more
-        return [processes[pid] for pid in sorted(found) if processes[pid].alive], seen
+        members = [processes[pid] for pid in sorted(found) if processes[pid].alive]
+        # Who was found by a parent stays a member when the teardown has ended that parent first.
+        known = {(member.pid, member.start) for member in members}
+        self._known = self._known | known if skip else known
+        return members, seen
 
     def signal(self, number: int) -> int:
         members = self.members()
@@ -161,9 +181,10 @@ class SessionContainment:
                     os.killpg(leader, each)
                 except (ProcessLookupError, PermissionError) as error:
                     self._refused(leader, error)
-        for member in members:
-            if member.group not in self._leaders:
-                self._signal_one(member, number)
+        with self._descriptors():
+            for member in members:
+                if member.group not in self._leaders:
+                    self._signal_one(member, number)
         return len(members)
 
     def signal_group(self, leader: int, number: int) -> None:
@@ -206,6 +227,28 @@ class SessionContainment:
             os.close(leader.pidfd)
             leader.popen.poll()  # reaps; a survivor stays
         self._leaders.clear()
+        self._use_reserve()
+
+    @contextmanager
+    def _descriptors(self) -> Iterator[None]:
+        """Descriptors are free in here, also if the rest of this process has used up all others."""
+        self._use_reserve()
+        try:
+            yield
+        finally:
+            if self._leaders:
+                self._fill_reserve()
+
+    def _use_reserve(self) -> None:
+        while self._reserve:
+            os.close(self._reserve.pop())
+
+    def _fill_reserve(self) -> None:
+        try:
+            while len(self._reserve) < RESERVE:
+                self._reserve.append(os.open("/proc", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            return  # somebody was faster; the next time may be better
 
     def _signal_one(self, member: Process, number: int) -> None:
         try:
@@ -288,6 +331,9 @@ def _popen(program: str, command: Command, options: dict[str, Any]) -> subproces
         return subprocess.Popen(list(command.argv), executable=program, **options)
     except OSError as error:
         raise spawn_error(command, error) from None
+    except ValueError as error:  # a NUL, or text that the file system's encoding does not have
+        name = command.argv[0]
+        raise SpawnError(name, "other", f"the program {name!r} was not started: {error}") from None
 
 
 def _inherits_odd_signals() -> bool:
@@ -307,7 +353,8 @@ def _popen_by_launcher(program: str, command: Command, options: dict[str, Any]) 
     read, write = os.pipe2(os.O_CLOEXEC)
     try:
         # -I -S: no site, no user's PYTHON… variables: only these lines run before the program.
-        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(write), program, *command.argv]
+        arguments = (str(write), command.env.get("LC_CTYPE", ""), program, *command.argv)
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, *arguments]
         popen = subprocess.Popen(launcher, pass_fds=(write,), **options)
         os.close(write)
         write = -1

@@ -58,6 +58,8 @@ def guard(pid: int) -> None:
     target = os.pidfd_open(pid)
     if fork() == 0:
         signal.alarm(LIFE + 5)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         if not select.select([target], [], [], LIFE)[0]:
             signal.pidfd_send_signal(target, signal.SIGKILL)
         os._exit(0)
@@ -83,6 +85,11 @@ def leave(then: Callable[[], None]) -> None:
     os.waitpid(pid, 0)
     os.read(read, 1)
     os.close(read)
+
+
+def become(*argv: str) -> NoReturn:
+    """Another behaviour, with an empty environment."""
+    os.execve(sys.executable, [sys.executable, "-I", "-S", os.path.abspath(__file__), *argv], {})
 
 
 def numbers(names: tuple[str, ...]) -> list[signal.Signals]:
@@ -179,6 +186,21 @@ def daemons(count: str) -> None:
 
 
 @behaviour
+def disguised(*names: str) -> None:
+    """Children with empty environments that ignore SIGTERM, `in_session` or with their `own_session`; or `exit`."""
+    for name in names:
+        if name == "exit":
+            return
+        if fork() == 0:
+            if name == "own_session":
+                os.setsid()
+            else:
+                os.setpgid(0, 0)
+            become("ignore", "SIGTERM", "SIGHUP")
+    pause()
+
+
+@behaviour
 def hold_pipe(how: str) -> None:
     """Exits, and leaves somebody who holds its output: `here`, `escaped`, or `outside` of every tree."""
 
@@ -186,20 +208,11 @@ def hold_pipe(how: str) -> None:
         say("holder", os.getpid())
         pause()
 
-    def outside() -> None:
-        os.execve(sys.executable, [sys.executable, "-I", "-S", os.path.abspath(__file__), "hold"], {})
-
     if how == "here":
         if fork() == 0:
             holder()
     else:
-        leave(holder if how == "escaped" else outside)
-
-
-@behaviour
-def hold() -> None:
-    say("holder", os.getpid())
-    pause()
+        leave(holder if how == "escaped" else lambda: become("wait"))
 
 
 @behaviour
@@ -272,11 +285,12 @@ def close_descriptors() -> None:
 
 
 @behaviour
-def report() -> None:
+def report(*_: str) -> None:
     """What this process was given, as JSON."""
     import json
 
-    status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
+    with open("/proc/self/status") as file:
+        status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
     listing = os.listdir("/proc/self/fd")
     result = {
         "pid": os.getpid(),

@@ -76,8 +76,8 @@ def _descriptors() -> Counter[str]:
 def _zombies() -> set[int]:
     found = set()
     for pid in _pids():
-        state, parent = (_read(pid, "stat").rpartition(b") ")[2].split() + [b"", b""])[:2]
-        if state == b"Z" and int(parent) == os.getpid():
+        fields = _read(pid, "stat").rpartition(b") ")[2].split()
+        if fields[:1] == [b"Z"] and int(fields[1]) == os.getpid():
             found.add(pid)
     return found
 
