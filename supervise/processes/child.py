@@ -16,7 +16,6 @@ import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import Protocol, final
 
 import trio
@@ -36,7 +35,7 @@ from supervise.processes import identity
 from supervise.processes.containment import Command, Containment, Leader, Pipes
 from supervise.processes.hurry import Hurry
 from supervise.processes.identity import Process
-from supervise.processes.output import BoundedLog, Output
+from supervise.processes.output import Logs, Output
 from supervise.processes.session import SessionContainment, spawn_error
 from supervise.secrets import Masker
 
@@ -55,15 +54,14 @@ class TreeOptions:
     Attributes:
         mark: the beginning of the environment marker, the job's id.
         masker: hides the job's secrets in whatever the children print.
-        log_dir: where full output goes; `None` for nowhere.
-        log_max_bytes, tail_bytes, pipe_timeout: as in `Settings`.
+        logs: where full output goes; `None` for nowhere. Closed by whoever has opened them.
+        tail_bytes, pipe_timeout: as in `Settings`.
         contain: makes the containment of one tree from its marker.
     """
 
     mark: str
     masker: Masker = field(factory=Masker)
-    log_dir: Path | None = None
-    log_max_bytes: int = 100 * 1024 * 1024
+    logs: Logs | None = None
     tail_bytes: int = 64 * 1024
     pipe_timeout: float = 5.0
     contain: Callable[[str], Containment] = SessionContainment
@@ -249,24 +247,30 @@ class ProcessTree:
         """See `Tree.stop`. The one teardown of this library."""
         began = trio.current_time()
         with trio.CancelScope(shield=True):
-            for number, grace in self._policy.steps:
-                if self._containment.empty():
-                    break
-                self._signal(number)
-                with self._hurry.step(grace):
-                    await self._until_empty()
-            with trio.move_on_after(self._policy.kill_wait):
-                while not self._containment.empty():
-                    self._signal(signal.SIGKILL)
-                    with trio.move_on_after(KILL_AGAIN):
-                        await self._until_empty()
-            left = self._containment.members() if self._children else []
+            left = [] if await self._end_all() else self._containment.members()
             for child in self._children:  # the end of each leader is told before its tree is called empty
                 if child.pid not in {process.pid for process in left}:
                     await child.wait()
         if self._children:
             self.survivors = tuple(self._survivor(process) for process in left)
             self._emit(TreeEmpty(role=self.role, seconds=trio.current_time() - began, survivors=len(self.survivors)))
+
+    async def _end_all(self) -> bool:
+        """Walk through the policy. Returns whether nothing is left."""
+        for number, grace in self._policy.steps:
+            if self._containment.empty():
+                return True
+            self._signal(number)
+            with self._hurry.step(grace):
+                await self._until_empty()
+                return True
+        with trio.move_on_after(self._policy.kill_wait):
+            while not self._containment.empty():
+                self._signal(signal.SIGKILL)
+                with trio.move_on_after(KILL_AGAIN):
+                    await self._until_empty()
+            return True
+        return False
 
     async def _until_empty(self) -> None:
         while not self._containment.empty():
@@ -282,10 +286,8 @@ class ProcessTree:
         return Survivor(process.pid, process.start_time, identity.command_of(process.pid), self.role, reason)
 
     def _output(self, stream: str, sink: Sink | None) -> Output:
-        log = None
-        if self._options.log_dir is not None:
-            path = self._options.log_dir / f"{self.role}-{len(self._children)}.{stream}.log"
-            log = BoundedLog(path, self._options.log_max_bytes, lambda reason: self._cut(stream, reason))
+        logs = self._options.logs
+        log = None if logs is None else logs.of(self.role, stream, lambda reason: self._cut(stream, reason))
         return Output(mask=self._options.masker.stream(), tail_bytes=self._options.tail_bytes, log=log, sink=sink)
 
     def _cut(self, stream: str, reason: str) -> None:
@@ -301,8 +303,6 @@ class ProcessTree:
                     await self._drained()
                 self._cancel_tasks()
                 await self._drained()
-                if self._options.log_dir is not None:  # putting head and tail of a large log together takes a while
-                    await trio.to_thread.run_sync(self._close_logs)
         finally:
             self._cancel_tasks()
             ended.set()
@@ -314,11 +314,6 @@ class ProcessTree:
     def _cancel_tasks(self) -> None:
         for scope in self._tasks:
             scope.cancel()
-
-    def _close_logs(self) -> None:
-        for child in self._children:
-            for output in child._outputs:
-                output.close_log()
 
 
 @final

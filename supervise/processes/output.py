@@ -119,6 +119,33 @@ class BoundedLog:
 
 
 @final
+class Logs:
+    """The logs of one job: a file for each role and stream, shared by all trees of the role, one after the other.
+
+    Args:
+        directory: where they are.
+        limit: bytes of each.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self._directory = directory
+        self._limit = limit
+        self._open: dict[str, BoundedLog] = {}
+
+    def of(self, role: str, stream: str, on_trouble: Callable[[str], None]) -> BoundedLog:
+        """The log of a stream; `on_trouble` as for `BoundedLog`, of whoever asks first."""
+        name = f"{role}.{stream}.log"
+        if name not in self._open:
+            self._open[name] = BoundedLog(self._directory / name, self._limit, on_trouble)
+        return self._open[name]
+
+    def close(self) -> None:
+        """Put the logs together. May block for long: to be called in a thread."""
+        for log in self._open.values():
+            log.close()
+
+
+@final
 class Tail:
     """The last `limit` bytes of a stream."""
 
@@ -171,11 +198,6 @@ class Output:
     def close(self) -> None:
         """The stream has ended: what was held back goes on."""
         self._pass_on(self._mask.close())
-
-    def close_log(self) -> None:
-        """Put the log together. May block."""
-        if self._log is not None:
-            self._log.close()
 
     def tail(self) -> str:
         """The end of what was printed; bytes that are not UTF-8 are replaced."""

@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from supervise.processes.child import ProcessTree, TreeOptions, open_tree
 from supervise.processes.containment import Command, Pipes
 from supervise.processes.hurry import Hurry
 from supervise.processes.identity import Process
-from supervise.processes.output import Lines
+from supervise.processes.output import Lines, Logs
 from supervise.processes.session import MARK
 from supervise.secrets import Masker
 from tests.processes import children
@@ -95,11 +95,17 @@ class Bench:
         program = argv if "/" in argv[0] else (*CHILDREN, *argv)
         return Command(**{"argv": program, "cwd": str(self.path), "env": self.env, **changes})
 
-    def tree(
+    @asynccontextmanager
+    async def tree(
         self, policy: StopPolicy = SOON, hurry: Hurry | None = None, **options: Any
-    ) -> AbstractAsyncContextManager[ProcessTree]:
+    ) -> AsyncIterator[ProcessTree]:
         kept = TreeOptions(**{"mark": "test", "pipe_timeout": 5.0, **options})
-        return open_tree("test", policy, hurry or Hurry(), options=kept, emit=self.events.append)
+        try:
+            async with open_tree("test", policy, hurry or Hurry(), options=kept, emit=self.events.append) as tree:
+                yield tree
+        finally:
+            if kept.logs is not None:
+                kept.logs.close()
 
     def of(self, kind: type[Event]) -> list[Any]:
         return [event for event in self.events if type(event) is kind]
@@ -527,8 +533,9 @@ async def test_output_that_nobody_reads_is_drained(bench: Bench) -> None:
     size = 100 * 1024 * 1024
     logs = bench.path / "logs"
     logs.mkdir()
+    kept = Logs(logs, 8 * 1024 * 1024)
     with peak_memory(24 * 1024 * 1024) as (sample,):
-        async with bench.tree(log_dir=logs, log_max_bytes=8 * 1024 * 1024) as tree, trio.open_nursery() as nursery:
+        async with bench.tree(logs=kept) as tree, trio.open_nursery() as nursery:
             nursery.start_soon(sampling, sample)
             child = await tree.spawn(bench.command("print_bytes", str(size)))
             assert await child.wait() == ExitStatus(code=0)
@@ -538,8 +545,8 @@ async def test_output_that_nobody_reads_is_drained(bench: Bench) -> None:
     last = children.block(size // children.BLOCK - 1)
     assert child.tails() == (last.decode(), "")
     assert [event.stream for event in bench.of(OutputTruncated)] == ["stdout"]
-    assert sorted(path.name for path in logs.iterdir()) == ["test-0.stderr.log", "test-0.stdout.log"]
-    log = (logs / "test-0.stdout.log").read_bytes()
+    assert sorted(path.name for path in logs.iterdir()) == ["test.stderr.log", "test.stdout.log"]
+    log = (logs / "test.stdout.log").read_bytes()
     assert log.startswith(children.block(0))
     assert log.endswith(last)
     assert len(log) < 8 * 1024 * 1024 + 100
@@ -585,12 +592,12 @@ async def test_no_newline_at_the_end(bench: Bench) -> None:
 @within(LIMIT)
 async def test_bytes_that_are_not_utf8(bench: Bench) -> None:
     heard = Heard()
-    async with bench.tree(log_dir=bench.path) as tree:
+    async with bench.tree(logs=Logs(bench.path, 100 * 1024 * 1024)) as tree:
         child = await tree.spawn(bench.command("not_utf8"), stdout=heard)
         await child.drained()
     assert heard.data == children.NOT_UTF8
     assert child.tails()[0] == children.NOT_UTF8.decode("utf-8", "replace")
-    assert (bench.path / "test-0.stdout.log").read_bytes() == children.NOT_UTF8
+    assert (bench.path / "test.stdout.log").read_bytes() == children.NOT_UTF8
 
 
 @within(LIMIT)
@@ -599,11 +606,11 @@ async def test_a_line_of_20_megabytes(bench: Bench) -> None:
     out: list[str] = []
     lines = Lines(out.append, 1000)
     with peak_memory(24 * 1024 * 1024):
-        async with bench.tree(log_dir=bench.path) as tree:
+        async with bench.tree(logs=Logs(bench.path, 100 * 1024 * 1024)) as tree:
             child = await tree.spawn(bench.command("long_line", str(size)), stdout=lines.feed)
             await child.drained()
     assert out == ["y" * 1000, "after"]
-    assert (bench.path / "test-0.stdout.log").stat().st_size == size + len("\nafter\n")
+    assert (bench.path / "test.stdout.log").stat().st_size == size + len("\nafter\n")
     assert child.tails()[0].endswith("y\nafter\n")
     assert len(child.tails()[0]) == 64 * 1024
 
@@ -611,14 +618,14 @@ async def test_a_line_of_20_megabytes(bench: Bench) -> None:
 @within(LIMIT)
 async def test_secrets_are_masked_in_all_that_is_kept(bench: Bench) -> None:
     heard = Heard()
-    async with bench.tree(masker=Masker(["hunter22"]), log_dir=bench.path) as tree:
+    async with bench.tree(masker=Masker(["hunter22"]), logs=Logs(bench.path, 100 * 1024 * 1024)) as tree:
         command = bench.command("/bin/sh", "-c", "printf 'it is hunt'; sleep 0.1; printf 'er22.'; echo hunter22 >&2")
         child = await tree.spawn(command, stdout=heard)
         await child.drained()
     assert heard.data == b"it is ***."
     assert child.tails() == ("it is ***.", "***\n")
-    assert (bench.path / "test-0.stdout.log").read_text() == "it is ***."
-    assert (bench.path / "test-0.stderr.log").read_text() == "***\n"
+    assert (bench.path / "test.stdout.log").read_text() == "it is ***."
+    assert (bench.path / "test.stderr.log").read_text() == "***\n"
 
 
 @pytest.mark.parametrize("how", ["here", "escaped"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from supervise.processes.output import BoundedLog, Lines, Output, Tail
+from supervise.processes.output import BoundedLog, Lines, Logs, Output, Tail
 from supervise.secrets import Masker
 
 
@@ -195,8 +195,18 @@ def test_all_that_is_kept_of_an_output_is_masked(tmp_path: Path) -> None:
         output.feed(chunk)
     assert b"".join(got) == b"a *** and "  # the rest may be the beginning of a secret
     output.close()
-    output.close_log()
+    log.close()
     assert b"".join(got) == b"a *** and sec"
     assert output.tail() == "a *** and sec"
     assert (tmp_path / "log").read_bytes() == b"a *** and sec"
     assert output.size == 16
+
+
+def test_trees_of_one_role_share_a_log(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, 1000)
+    logs.of("watch", "stdout", lambda reason: None).write(b"first\n")
+    logs.of("watch", "stdout", lambda reason: None).write(b"again after a crash\n")
+    logs.of("agent", "stdout", lambda reason: None).write(b"hello\n")
+    logs.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent.stdout.log", "watch.stdout.log"]
+    assert (tmp_path / "watch.stdout.log").read_text() == "first\nagain after a crash\n"
