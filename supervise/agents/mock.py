@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import final
 
 import trio
@@ -15,7 +15,11 @@ from supervise.model import AgentReport, FailureKind, Usage
 __all__ = ["MockAgent"]
 
 #: A step: a text to say, an event to publish, seconds to wait, or a function to call (and await).
-Step = str | AgentEvent | float | Callable[[AgentRun], Awaitable[None] | None]
+Step = str | AgentEvent | float | Callable[[AgentRun], object]
+
+
+def _steps(value: Iterable[Step]) -> tuple[Step, ...]:
+    return tuple(value)
 
 
 def _kind(value: FailureKind | str | None) -> FailureKind | None:
@@ -35,7 +39,7 @@ class MockAgent:
         failure_kind, error: fail instead, with this kind and one-line error.
     """
 
-    steps: tuple[Step, ...] = field(default=(), converter=tuple)
+    steps: tuple[Step, ...] = field(default=(), converter=_steps)
     hang: bool = False
     text: str = "done"
     session_id: str | None = "mock"
@@ -83,6 +87,6 @@ class MockAgent:
                 await trio.sleep(step)
             case _:
                 answer = step(run)
-                if answer is not None:
+                if isinstance(answer, Awaitable):
                     await answer
         await trio.lowlevel.checkpoint()

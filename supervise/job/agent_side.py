@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import final
@@ -40,6 +42,7 @@ class AgentSide:
         open_tree: TreeOpener,
         hurry: Hurry,
         kill_wait: float,
+        mask: Callable[[str], str],
         emit: Callable[[Event], None],
         on_start: Callable[[], None],
     ) -> None:
@@ -52,11 +55,13 @@ class AgentSide:
         self._open_tree = open_tree
         self._hurry = hurry
         self._policy = StopPolicy(((signal.SIGTERM, settings.termination_timeout),), kill_wait)
+        self._mask = mask
         self._emit = emit
         self._on_start = on_start
         self._clock = trio.CancelScope()
         self._report: AgentReport | None = None
         self._returned = False
+        self._stopping = False
         self._timed_out = False
 
     # --- for the agent ------------------------------------------------------------------------------------
@@ -72,7 +77,7 @@ class AgentSide:
     def started(self, pid: int | None = None) -> None:
         """See `AgentRun.started`."""
         self.last_progress = trio.current_time()
-        self._clock.deadline = trio.current_time() + self.spec.timeout
+        self._wind_clock()
         self._on_start()
 
     def progress(self, lines: int = 1) -> None:
@@ -93,24 +98,29 @@ class AgentSide:
     @trio.lowlevel.enable_ki_protection
     async def run(self, agent: Agent) -> None:
         """The agent, as a child of the job's nursery. What it raises becomes its report."""
+        self._wind_clock()  # again when it says that it has started; it may forget to
         try:
             with self._clock:
+                await trio.lowlevel.checkpoint()  # a job that is cancelled by now starts no agent
                 await agent.run(self)
                 self._returned = True
-            self._timed_out = self._clock.cancelled_caught
-        except Exception as error:
-            log.exception("job %s: the agent %s raised", self.spec.job_id, agent.name)
-            text = f"the agent {agent.name!r} raised {type(error).__name__}: {error}"
-            self._report = AgentReport(failure_kind=FailureKind.AGENT_ERROR, error=text)
-            self._returned = True
+        except* Exception as errors:  # also beside a Cancelled, as out of a nursery of the agent's own
+            self._raised(agent, errors)
         finally:
+            self._timed_out = self._clock.cancel_called
             self.ended.set()
 
-    def verdict(self, cancelled: str | None) -> tuple[Outcome, AgentReport]:
+    def stopping(self) -> None:
+        """The job is being cancelled: from here on time does not count, unless it is up already."""
+        self._stopping = True
+        if not self._clock.cancel_called:
+            self._clock.deadline = math.inf
+
+    def verdict(self, cancelled: str) -> tuple[Outcome, AgentReport]:
         """How the agent's run ended, and its report. What it had already finished stays finished.
 
         Args:
-            cancelled: why the job was cancelled, if it was.
+            cancelled: why the job was cancelled, should that be what ended it.
         """
         report = self._report or AgentReport()
         if self._returned and self._report is None:
@@ -122,12 +132,37 @@ class AgentSide:
             if report.finished:  # it only lingered after its good last result
                 return Outcome.COMPLETED, _with(report, None)
             return Outcome.TIMED_OUT, _with(report, f"the agent did not end within {self.spec.timeout:g} s")
-        return Outcome.CANCELLED, _with(report, f"cancelled: {cancelled or 'unknown'}")
+        return Outcome.CANCELLED, _with(report, f"cancelled: {cancelled}")
+
+    def _wind_clock(self) -> None:
+        if not self._stopping:
+            self._clock.deadline = trio.current_time() + self.spec.timeout
+
+    def _raised(self, agent: Agent, error: BaseException) -> None:
+        error = plain(error)
+        log.error("job %s: the agent raised\n%s", self.spec.job_id, self._mask(told(error)))
+        stopped = self._clock.cancel_called or trio.current_effective_deadline() == -math.inf
+        if not stopped:  # trouble on the way out does not change what the way out was
+            text = f"the agent {agent.name!r} raised {type(error).__name__}: {error}"
+            self._report = AgentReport(failure_kind=FailureKind.AGENT_ERROR, error=text)
+            self._returned = True
 
     def failed(self, error: str) -> tuple[Outcome, AgentReport]:
         """As `verdict`, for a job that failed for reasons of ours."""
         report = self._report or AgentReport()
         return Outcome.FAILED, evolve(report, failure_kind=FailureKind.AGENT_ERROR, error=error)
+
+
+def plain(error: BaseException) -> BaseException:
+    """The exception itself, where it is alone in its groups."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def told(error: BaseException) -> str:
+    """The traceback, for a log. To be masked: an exception's text may hold anything."""
+    return "".join(traceback.format_exception(error))
 
 
 def _with(report: AgentReport, error: str | None) -> AgentReport:

@@ -45,6 +45,6 @@ def _allowed(ours: Mapping[str, str], patterns: tuple[str, ...], user: str | Non
     env = {name: value for name, value in env.items() if not any(fnmatchcase(name, p) for p in PERSONAL)}
     try:
         entry = pwd.getpwnam(user)
-    except KeyError:
+    except (KeyError, ValueError):  # no such user, or not even a name
         return env  # the spawn says that there is no such user
     return {**env, "HOME": entry.pw_dir, "USER": user, "LOGNAME": user, "SHELL": entry.pw_shell or "/bin/sh"}

@@ -36,13 +36,13 @@ async def beat(
     began = trio.current_time()
     with scope:
         while True:
-            heartbeat = _look(job, pulse, trees, trio.current_time() - began)
-            job._publish(heartbeat)
-            data = to_line({**event_to_json(heartbeat), "time": time.time(), "job_id": job.job_id})
-            try:
+            try:  # without a free descriptor, not even /proc can be read; the job goes on all the same
+                heartbeat = _look(job, pulse, trees, trio.current_time() - began)
+                job._publish(heartbeat)
+                data = to_line({**event_to_json(heartbeat), "time": time.time(), "job_id": job.job_id})
                 await trio.to_thread.run_sync(_write, directory / "heartbeat.json", data)
             except OSError as error:
-                log.warning("job %s: its heartbeat could not be written: %s", job.job_id, error.strerror)
+                log.warning("job %s: its heartbeat failed: %s", job.job_id, error.strerror)
             await trio.sleep(interval)
 
 

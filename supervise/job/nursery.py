@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import cast
 
 import trio
+from attrs import evolve
 
 from supervise import durable
 from supervise.agents.claude import ClaudeAgent
@@ -34,87 +35,90 @@ from supervise.events import Event, IndexChanged, JobStarted
 from supervise.index.cidx import INDEX_DIRECTORY, Cidx
 from supervise.index.stale import DiskMark, Stamper
 from supervise.index.watch import Index, IndexDriver, NoIndex
-from supervise.job.agent_side import AgentSide
+from supervise.job.agent_side import AgentSide, plain, told
 from supervise.job.environment import agent_environment, index_environment
 from supervise.job.handle import Job, JobState
 from supervise.job.heartbeat import beat
-from supervise.model import IndexReport, JobResult, StopPolicy, Survivor
+from supervise.job.turns import Turn
+from supervise.model import FailureKind, IndexReport, IndexStatus, JobResult, Outcome, StopPolicy, Survivor
 from supervise.processes.child import ProcessTree, TreeOptions, open_tree
 from supervise.processes.containment import Command
 from supervise.processes.hurry import Hurry
+from supervise.processes.output import Logs
 from supervise.processes.session import SessionContainment
 from supervise.secrets import Masker, secret_values
 from supervise.settings import IndexSettings, Settings
 
 log = logging.getLogger("supervise.job")
 
+BY_SCOPE = "the caller's scope was cancelled"
+
 
 @trio.lowlevel.enable_ki_protection
-async def run(job: Job, settings: Settings, directory: Path, limit: trio.Semaphore) -> None:
+async def run(job: Job, settings: Settings, directory: Path, turn: Turn) -> None:
     """Run a job to its end. Its result is in `job` and in `directory` on every road out.
 
     Args:
         job: the handle, fresh.
         settings: all bounds.
         directory: the job's own, for logs, heartbeat and result.
-        limit: a place is taken for the length of the job.
+        turn: to begin; it is ended here.
 
     A cancellation of the caller's scope runs the bounded teardown, and propagates. Nothing else is raised: what
     goes wrong is in the result.
     """
-    parts = Parts(job, settings, directory)
     began, clock = time.time(), trio.current_time()
-    held, bug = False, None
+    parts: Parts | None = None
+    bug: str | None = None
     try:
         with job._scope:
-            await limit.acquire()
-            held = True
+            await turn.comes()
             began, clock = time.time(), trio.current_time()
+            parts = Parts(job, settings, directory)
             await live(job, parts)
-    except trio.Cancelled:
-        job.cancel_reason = job.cancel_reason or "the caller's scope was cancelled"
-        raise
-    except Exception as error:
-        log.exception("job %s: a bug in supervise", job.job_id)
-        bug = f"a bug in supervise: {error!r}"
+    except* Exception as errors:
+        bug = _bug(job, parts, errors)
     finally:
-        result = parts.result(began=began, seconds=trio.current_time() - clock, bug=bug)
+        result = _result(job, parts, bug, began, trio.current_time() - clock)
         with trio.CancelScope(shield=True):
+            if parts is not None:
+                await trio.to_thread.run_sync(parts.logs.close)
             await _write(directory / "result.json", result)
-        if held:
-            limit.release()
+        turn.end()
         job._finish(result)
 
 
 async def live(job: Job, parts: Parts) -> None:
     """The nursery. On every road out, the agent's tree is empty and the index has reported."""
-    job._enter(JobState.STARTING)
     job._publish(parts.introduction())
+    job._enter(JobState.STARTING)
     index, agent = parts.index, parts.agent_side
     beating = trio.CancelScope(shield=True)
+    beats = (job, agent, parts.trees, parts.directory, parts.settings.heartbeat_interval, beating)
     await index.mark(job.job_id)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(index.run)
-        nursery.start_soon(beat, job, agent, parts.trees, parts.directory, parts.settings.heartbeat_interval, beating)
+        nursery.start_soon(parts.run_index, name="index")
+        nursery.start_soon(beat, *beats, name="heartbeat")
         agent_runs = False
         try:
             with trio.move_on_after(parts.startup_timeout):
                 await index.ready()
             index.agent_starts()
-            nursery.start_soon(agent.run, parts.agent)
+            nursery.start_soon(agent.run, parts.agent, name="agent")
             agent_runs = True
             await agent.ended.wait()
             job._enter(JobState.SETTLING)
             index.finish()
-            parts.index_report = await index.report()
-        except trio.Cancelled:
+            await parts.index_ended.wait()
+        except BaseException:  # a cancellation, or a bug: one order for both
+            agent.stopping()
             with trio.CancelScope(shield=True):
                 if agent_runs and not agent.ended.is_set():
                     job._enter(JobState.STOPPING)
                     await agent.ended.wait()
                 job._enter(JobState.SETTLING)
                 index.cancel()
-                parts.index_report = await index.report()
+                await parts.index_ended.wait()
             raise
         finally:
             beating.cancel()
@@ -128,18 +132,20 @@ class Parts:
         self.settings = settings
         self.directory = directory
         self.trees: list[ProcessTree] = []
-        self.index_report: IndexReport | None = None
+        self.index_ended = trio.Event()
         self._job = job
+        self._index_report = IndexReport()
         self._agent_survivors: tuple[Survivor, ...] = ()
         index_settings = settings.index if spec.index == "settings" else spec.index
         index_env = index_environment(os.environ, index_settings or settings.index, spec.user)
         agent_env = agent_environment(os.environ, settings.agent, spec)
-        self.masker = Masker(secret_values(agent_env) | secret_values(index_env))
+        # All of ours, too: what no child is given, a child of our user can still read in /proc, and print.
+        self.masker = Masker(secret_values(os.environ) | secret_values(agent_env) | secret_values(index_env))
+        self.logs = Logs(directory, settings.log_max_bytes)
         self._options = TreeOptions(
             mark=job.job_id,
             masker=self.masker,
-            log_dir=directory,
-            log_max_bytes=settings.log_max_bytes,
+            logs=self.logs,
             tail_bytes=settings.tail_bytes,
             pipe_timeout=settings.pipe_timeout,
         )
@@ -151,6 +157,7 @@ class Parts:
             open_tree=self.open_tree,
             hurry=job._hurry,
             kill_wait=settings.kill_wait,
+            mask=self.masker.text,
             emit=job._publish,
             on_start=self._agent_started,
         )
@@ -174,7 +181,9 @@ class Parts:
         """A tree of this job; the heartbeat sees it, and its survivors are kept."""
         tree: ProcessTree | None = None
         try:
-            async with open_tree(role, policy, hurry, options=self._options, emit=self._emit) as tree:
+            # What git says of the workspace is no output of the job.
+            options = evolve(self._options, logs=None) if role == "stamp" else self._options
+            async with open_tree(role, policy, hurry, options=options, emit=self._emit) as tree:
                 self.trees.append(tree)
                 yield tree
         finally:
@@ -183,9 +192,28 @@ class Parts:
                 if role == "agent":
                     self._agent_survivors += tree.survivors
 
+    @trio.lowlevel.enable_ki_protection
+    async def run_index(self) -> None:
+        """The index, as a child of the job's nursery. Even a bug in it fails the index only, and is told."""
+        report: IndexReport | None = None
+        reason = "a bug in supervise: the index made no report"
+        try:
+            await self.index.run()
+            with trio.move_on_after(1, shield=True):  # it is there by now; nobody shall wait for ever
+                report = await self.index.report()
+        except Exception as error:
+            reason = _bug(self._job, self, error)
+        finally:
+            if report is None:
+                report = IndexReport(status=IndexStatus.FAILED, reason=reason, stale=True)
+                state = self.index.state.value
+                self._emit(IndexChanged(state=state, cause="bug", status=report.status, reason=reason))
+            self._index_report = report
+            self.index_ended.set()
+
     def result(self, *, began: float, seconds: float, bug: str | None) -> JobResult:
         """What came out of the job; secrets masked in what did not come through a pipe."""
-        outcome, report = self.agent_side.verdict(self._job.cancel_reason)
+        outcome, report = self.agent_side.verdict(self._job.cancel_reason or BY_SCOPE)
         if bug is not None:
             outcome, report = self.agent_side.failed(bug)
         survivors = self._agent_survivors + self.index.survivors
@@ -203,7 +231,7 @@ class Parts:
             usage=report.usage,
             cost_usd=report.cost_usd,
             num_turns=report.num_turns,
-            index=self.index_report or IndexReport(),
+            index=self._index_report,
             permission_denials=report.permission_denials,
             stdout_tail=mask(report.stdout_tail),
             stderr_tail=mask(report.stderr_tail),
@@ -242,19 +270,49 @@ class Parts:
         self._job._publish(event)
 
     def _agent_started(self) -> None:
-        self._job._enter(JobState.RUNNING)
+        if self._job.state is JobState.STARTING:  # not when it was cancelled during the spawn
+            self._job._enter(JobState.RUNNING)
         self._job._spawned.set()
 
 
 def _wants_index(settings: IndexSettings, workspace: Path) -> bool:
     if settings.mode == "auto":
-        return (workspace / INDEX_DIRECTORY).is_dir()
+        return os.path.isdir(workspace / INDEX_DIRECTORY)
     return settings.mode == "cidx"
 
 
+def _bug(job: Job, parts: Parts | None, error: BaseException) -> str:
+    """Log a bug of ours, or of an agent or a disk that did what nobody thought of, and put it in one line."""
+    error = plain(error)
+    masker = parts.masker if parts else Masker(secret_values(os.environ))
+    log.error("job %s: a bug in supervise\n%s", job.job_id, masker.text(told(error)))
+    return masker.text(f"a bug in supervise: {type(error).__name__}: {error}")
+
+
+def _result(job: Job, parts: Parts | None, bug: str | None, began: float, seconds: float) -> JobResult:
+    """The result, also of a job that was never put together, or whose parts do not fit into a result."""
+    if parts is not None:
+        try:
+            return parts.result(began=began, seconds=seconds, bug=bug)
+        except Exception as error:
+            bug = _bug(job, parts, error)
+    return JobResult(
+        job_id=job.job_id,
+        outcome=Outcome.FAILED if bug else Outcome.CANCELLED,
+        failure_kind=FailureKind.AGENT_ERROR if bug else None,
+        error=bug or f"cancelled: {job.cancel_reason or BY_SCOPE}",
+        duration_seconds=seconds,
+        started_at=began,
+        ended_at=time.time(),
+        labels=job.spec.labels,
+    )
+
+
 async def _write(path: Path, result: JobResult) -> None:
-    data = to_line({"type": "result", **to_json(result)})
     try:
+        data = to_line({"type": "result", **to_json(result)})
         await trio.to_thread.run_sync(lambda: durable.replace(path, data, durable=True))
     except OSError as error:
         log.error("the result of job %s could not be written to %s: %s", result.job_id, path, error.strerror)
+    except Exception as error:  # an agent's report may hold what no JSON can
+        log.error("the result of job %s could not be written to %s: %s", result.job_id, path, type(error).__name__)

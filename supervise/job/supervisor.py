@@ -13,6 +13,7 @@ from supervise import durable
 from supervise.errors import SettingsError, SpecError
 from supervise.job import nursery as job_nursery
 from supervise.job.handle import Job
+from supervise.job.turns import Turn, Turns
 from supervise.model import JobResult, JobSpec
 from supervise.processes.session import require_platform
 from supervise.settings import Settings
@@ -27,7 +28,7 @@ class Supervisor:
     def __init__(self, nursery: trio.Nursery, settings: Settings, max_concurrent: int) -> None:
         self.settings = settings
         self._nursery = nursery
-        self._limit = trio.Semaphore(max_concurrent)
+        self._turns = Turns(max_concurrent)
         self._jobs: dict[str, Job] = {}
 
     @property
@@ -54,7 +55,7 @@ class Supervisor:
         try:
             await job.spawned()
         except BaseException as error:
-            job.cancel(_why(error))
+            _abandon([job], error)
             await _outlast([job])
             raise
         return job
@@ -73,7 +74,7 @@ class Supervisor:
             yield job
             await job._done.wait()
         except BaseException as error:
-            job.cancel(_why(error))
+            _abandon([job], error)
             await _outlast([job])
             raise
 
@@ -87,13 +88,13 @@ class Supervisor:
             raise _unwritable(self.settings, error) from error
         job = Job(spec)
         self._jobs[spec.job_id] = job
-        self._nursery.start_soon(self._run, job, directory, name=f"supervise job {spec.job_id}")
+        self._nursery.start_soon(self._run, job, directory, self._turns.ask(), name=f"supervise job {spec.job_id}")
         return job
 
     @trio.lowlevel.enable_ki_protection
-    async def _run(self, job: Job, directory: Path) -> None:
+    async def _run(self, job: Job, directory: Path, turn: Turn) -> None:
         try:
-            await job_nursery.run(job, self.settings, directory, self._limit)
+            await job_nursery.run(job, self.settings, directory, turn)
         finally:
             del self._jobs[job.job_id]
 
@@ -126,17 +127,21 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
     except OSError as error:
         raise _unwritable(settings, error) from error
     failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        supervisor = Supervisor(nursery, settings, max_concurrent)
-        try:
-            yield supervisor
-            for job in supervisor.jobs:
-                await job._done.wait()
-        except BaseException as error:  # raised below, so that the nursery does not wrap it
-            failure = error
-            for job in supervisor.jobs:
-                job.cancel(_why(error))
-            await _outlast(supervisor.jobs)
+    try:
+        async with trio.open_nursery() as nursery:
+            supervisor = Supervisor(nursery, settings, max_concurrent)
+            try:
+                yield supervisor
+                for job in supervisor.jobs:
+                    await job._done.wait()
+            except BaseException as error:  # raised below, so that the nursery does not wrap it
+                failure = error
+                _abandon(supervisor.jobs, error)
+                await _outlast(supervisor.jobs)
+    except BaseExceptionGroup as group:
+        # That the jobs' tasks were cancelled, too, is no news beside the block's own exception.
+        if failure is None or group.split(trio.Cancelled)[1] is not None:
+            raise
     if failure is not None:
         raise failure
 
@@ -193,6 +198,13 @@ async def run_job(
         await job.spawned()
         task_status.started(job)
         return await job.result()
+
+
+def _abandon(jobs: Iterable[Job], error: BaseException) -> None:
+    """Their caller leaves: they end. One that was cancelled before keeps its grace, unless it is Ctrl-C that comes."""
+    for job in jobs:
+        if job.cancel_reason is None or isinstance(error, KeyboardInterrupt):
+            job.cancel(_why(error))
 
 
 async def _outlast(jobs: Iterable[Job]) -> None:
