@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO, cast
 
 import trio
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from supervise.cli import exit_codes
 from supervise.cli.hardening import hide_environment
+from supervise.cli.streams import Screen
 from supervise.errors import SettingsError, SpecError, SuperviseError, UnsupportedPlatform
 from supervise.secrets import Masker, secret_values
 from supervise.settings import Settings
@@ -23,7 +24,8 @@ SIGTERM, 141 cancelled because standard output was closed."""
 
 app = App(
     name="supervise",
-    help="Run coding agents unattended, next to a code-index watch, and leave nothing behind.",
+    help="Run coding agents unattended, next to a code-index watch, and leave nothing behind.\n\n"
+    "Example: supervise demo",
     help_epilogue=EPILOGUE,
     version_flags=["--version"],
     result_action="return_value",
@@ -39,10 +41,15 @@ Json = Annotated[
     Parameter(
         name="--json",
         negative=(),
+        show_default=False,
         group=_output,
         help="Events, then the result, one JSON object a line, on standard output.",
     ),
 ]
+STANDARD_INPUT = "<standard input>"
+#: Values that no sink of ours may show.
+_secrets: set[str] = set()
+
 Fault = Literal["watch-start", "watch-crash", "stubborn", "reconcile", "cancel"]
 
 
@@ -86,6 +93,7 @@ def run(
     from supervise.model import JobSpec, new_job_id
 
     settings = Settings.load(config=config, overrides=_overrides(set))
+    _secrets.update(_secrets_of(settings))
     agent = ClaudeAgent(
         model=model,
         max_turns=max_turns,
@@ -95,7 +103,7 @@ def run(
         resume=resume,
     )
     spec = JobSpec(
-        prompt=command.read_prompt(prompt),
+        prompt=command.read_prompt("-" if prompt == STANDARD_INPUT else prompt),
         workspace=workspace,
         job_id=job_id or new_job_id(),
         agent=agent,
@@ -109,7 +117,7 @@ def run(
 def demo(
     *,
     fault: Annotated[Fault | None, Parameter(help="Show the road that a fault takes.")] = None,
-    keep: Annotated[bool, Parameter(negative=(), help="Keep the scratch directory.")] = False,
+    keep: Annotated[bool, Parameter(negative=(), show_default=False, help="Keep the scratch directory.")] = False,
     json: Json = False,
 ) -> int:
     """Run the main job on a scratch repository, with a real small indexer and a scripted agent, and prove the index.
@@ -123,8 +131,11 @@ def demo(
 
 def main(argv: list[str]) -> int:
     """Run the command line. Returns the exit code; a user never sees a traceback for a mistake of theirs."""
+    _secrets.update(secret_values(os.environ))
     try:
-        code = app(argv, exit_on_error=False, print_error=False)
+        # A word of its own: cyclopts would take "-" for an option, or, told to allow it, every mistyped option.
+        words = [STANDARD_INPUT if word == "-" else word for word in argv]
+        code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _complain(_plain(error), exit_codes.USAGE)
     except (SpecError, SettingsError, UnsupportedPlatform, ImportError) as error:
@@ -147,10 +158,21 @@ def _trio(function: Any, *args: Any) -> int:
     from supervise.cli.view import ConsoleLog
 
     hide_environment()
-    console = Console(stderr=True)
-    logging.getLogger("supervise").addHandler(ConsoleLog(console))
-    code: int = trio.run(lambda: function(*args, console=console))
+    screen = Screen(sys.stderr)
+    console = Console(file=cast("TextIO", screen))
+    log = logging.getLogger("supervise")
+    log.addHandler(ConsoleLog(console, Masker(_secrets)))
+    try:
+        code: int = trio.run(lambda: function(*args, console=console))
+    finally:
+        screen.drain()
     return code
+
+
+def _secrets_of(settings: Settings) -> set[str]:
+    """What a file or the command line told us, and the environment need not hold."""
+    known = (settings.index.voyage_api_key, settings.redis.url, settings.http.token)
+    return {secret.reveal() for secret in known if secret} | secret_values(settings.agent.env)
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, Any]:
@@ -168,12 +190,12 @@ def _plain(error: CycloptsError) -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"supervise: {message}", file=sys.stderr)
+    line = " ".join(Masker(_secrets).text(message).splitlines())
+    print(f"supervise: {line}", file=sys.stderr)
     return code
 
 
 def _bug() -> int:
     """A bug of ours: the traceback helps whoever mends it. Secrets are masked in it."""
-    mask = Masker(secret_values(os.environ))
-    print(mask.text(traceback.format_exc()), file=sys.stderr)
+    print(Masker(_secrets).text(traceback.format_exc()), file=sys.stderr)
     return _complain("this is a bug in supervise; please report the lines above", exit_codes.FAILED)

@@ -6,16 +6,18 @@ import os
 import sys
 from pathlib import Path
 
-import trio
 from rich.console import Console
 
 from supervise.cli import exit_codes
 from supervise.cli.signals import Signals
 from supervise.cli.stdout import Stdout
-from supervise.cli.view import follow
+from supervise.cli.view import follow, say
+from supervise.errors import SpecError
 from supervise.job.supervisor import open_job
 from supervise.model import JobResult, JobSpec, Outcome
 from supervise.settings import Settings
+
+STDOUT = 1
 
 
 async def run(spec: JobSpec, settings: Settings, json: bool, *, console: Console) -> int:
@@ -27,21 +29,22 @@ async def run(spec: JobSpec, settings: Settings, json: bool, *, console: Console
         json: events and result as lines of JSON on standard output, and nothing else there.
         console: where people look (standard error).
     """
-    async with open_job(spec, settings=settings) as job, job.subscribe() as events, trio.open_nursery() as nursery:
-        signals = Signals(job)
-        await nursery.start(signals.watch)
-        stdout = Stdout(sys.stdout.fileno(), signals.pipe_closed)
-        if json:
-            if not await stdout.json_lines(events) and not stdout.closed:
-                where = settings.state_dir / "jobs" / job.job_id / "result.json"
-                console.print(f"standard output is blocked: its lines were given up; the result is in {where}")
-        else:
-            await follow(events, console, f"supervise run · {job.job_id}")
-            result = await job.result()
-            with trio.move_on_after(30):
-                await stdout.write(_text(result))
-            _tell(result, settings, console)
-        nursery.cancel_scope.cancel()
+    signals = Signals()
+    with signals.watch():
+        async with open_job(spec, settings=settings) as job, job.subscribe() as events:
+            signals.belong_to(job)
+            stdout = Stdout(STDOUT, signals.pipe_closed)
+            if json:
+                written = await stdout.json_lines(events)
+            else:
+                await follow(events, console, f"supervise run · {job.job_id}")
+                written = await stdout.text(_text(await job.result()))
+            directory = settings.state_dir / "jobs" / job.job_id
+            if not json:
+                _tell(job.result_nowait(), directory, console)
+            if not written:
+                where = directory / "result.json"
+                say(console, f"supervise: nobody reads standard output; the result is in {where}", "red")
     return exit_codes.of_result(job.result_nowait(), signals.ended_by)
 
 
@@ -49,32 +52,29 @@ def read_prompt(words: str | None) -> str:
     """The prompt of the command line; `-` and nothing mean standard input."""
     if words is not None and words != "-":
         return words
-    if sys.stdin is None or (words is None and os.isatty(sys.stdin.fileno())):
-        return ""
-    return sys.stdin.read()
-
-
-def log_directory(settings: Settings, job_id: str) -> Path:
-    """Where a job's logs are."""
-    return settings.state_dir / "jobs" / job_id
+    if sys.stdin is None or (words is None and sys.stdin.isatty()):
+        raise SpecError('no prompt was given; write one, as in: supervise run "Add tests for the parser."')
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place = error.start
+    raise SpecError(f"the prompt on standard input is not UTF-8 (byte {place}); convert it")
 
 
 def _text(result: JobResult) -> bytes:
     text = result.text
+    if os.isatty(STDOUT):  # an agent shall not steer somebody's terminal
+        text = "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text)
     return (text if not text or text.endswith("\n") else text + "\n").encode("utf-8", "replace")
 
 
-def _tell(result: JobResult, settings: Settings, console: Console) -> None:
+def _tell(result: JobResult, directory: Path, console: Console) -> None:
     if result.outcome is not Outcome.COMPLETED:
-        console.print(f"supervise: {result.error}", style="red", highlight=False, soft_wrap=True)
+        say(console, f"supervise: {result.error}", "red")
     if result.index.stale:
         why = result.index.status.value + (f": {result.index.reason}" if result.index.reason else "")
-        console.print(
-            f"supervise: the index is marked stale ({why}); the next job reconciles it first",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, f"supervise: the index is marked stale ({why}); the next job reconciles it first", "yellow")
     for survivor in result.survivors:
-        console.print(f"supervise: process {survivor.pid} lives on: {survivor.reason}", style="red", highlight=False)
-    console.print(f"supervise: logs in {log_directory(settings, result.job_id)}", style="dim", highlight=False)
+        say(console, f"supervise: process {survivor.pid} lives on: {survivor.reason}", "red")
+    say(console, f"supervise: logs in {directory}", "dim")

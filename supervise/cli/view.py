@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from functools import partial
 from typing import final
 
 import trio
-from rich.console import Console, Group, RenderableType
+from attrs import frozen
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -17,39 +17,62 @@ from rich.text import Text
 from rich.tree import Tree
 
 from supervise import events as e
+from supervise.cli.streams import Screen
 from supervise.job.bus import Subscription
 from supervise.observe.describe import describe
+from supervise.secrets import Masker
 
 COLOURS = {"good": "green", "bad": "bold red", "warn": "yellow", "": ""}
 KEPT = 12
+#: Of the picture and of the terminal, without the lines of what happened.
+ROWS_AROUND = 8
 
 
 async def follow(events: Subscription, console: Console, title: str) -> None:
-    """Show events until the job ends. Cancelling stops showing."""
-    if console.is_terminal:
+    """Show events until the job ends, and wait until they are seen. Cancelling stops showing."""
+    if console.is_terminal and not console.is_dumb_terminal:
         await _live(events, console, title)
     else:
         await _lines(events, console)
+    await seen(console)
+
+
+async def seen(console: Console) -> None:
+    """Wait until all is written: others write to the same terminal. Cancelling ends the wait."""
+    file: object = console.file
+    if isinstance(file, Screen):
+        await trio.to_thread.run_sync(file.drain, abandon_on_cancel=True)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """One line that is left whole, so that the paths in it can be copied."""
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def tell(console: Console, text: str, style: str = "") -> None:
+    """Words, wrapped where a person reads them on a terminal."""
+    console.print(Text(text, style), soft_wrap=not console.is_terminal)
 
 
 async def _lines(events: Subscription, console: Console) -> None:
-    began: float | None = None
+    began, workspace = 0.0, ""
     async for event in events:
+        assert event.time is not None
         began = began or event.time
-        line = describe(event)
-        if line is not None and began is not None and event.time is not None:
+        if isinstance(event, e.JobStarted):
+            workspace = event.workspace
+        line = describe(event, workspace)
+        if line is not None:
             who, what, mood = line
             text = Text(f"{event.time - began:8.3f}  {who:<10} ") + Text(what, COLOURS[mood])
-            show = partial(console.print, text, soft_wrap=True, highlight=False)
-            await trio.to_thread.run_sync(show, abandon_on_cancel=True)
+            console.print(text, soft_wrap=True)
 
 
 async def _live(events: Subscription, console: Console, title: str) -> None:
     picture = Picture(title)
-    with Live(picture, console=console, refresh_per_second=8, transient=False) as live:
+    with Live(picture, console=console, refresh_per_second=8, transient=False):
         async for event in events:
             picture.take(event)
-            live.refresh() if isinstance(event, e.JobFinished) else None
 
 
 @final
@@ -60,6 +83,7 @@ class Picture:
         self._title = title
         self._began: float | None = None
         self._ended: float | None = None
+        self._workspace = ""
         self._state = "queued"
         self._index = ("NotStarted", "none", "")
         self._agent = "not started"
@@ -71,6 +95,8 @@ class Picture:
         assert event.time is not None
         self._began = self._began or event.time
         match event:
+            case e.JobStarted():
+                self._workspace = event.workspace
             case e.StateChanged():
                 self._state = event.state
             case e.IndexChanged():
@@ -83,43 +109,66 @@ class Picture:
                 self._agent = f"ended: {event.signal or f'exit code {event.exit_code}'}"
             case e.JobFinished():
                 self._ended = event.time
-        line = describe(event)
+        line = describe(event, self._workspace)
         if line is not None:
             self._lines.append((event.time - self._began, *line))
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The end is drawn whole; before, the newest lines that there is room for."""
+        ended = self._ended is not None
         now = self._ended or time.time()
         elapsed = 0.0 if self._began is None else now - self._began
-        tree = Tree(Text.assemble(("job ", "bold"), (self._state, "bold cyan"), f"  {elapsed:5.1f} s"))
         state, status, reason = self._index
+        tree = Tree(Text.assemble(("job ", "bold"), (self._state, "bold cyan"), f"  {elapsed:5.1f} s"))
         tree.add(Text.assemble(("index  ", "bold"), f"{state}  ", (status, "cyan"), f"  {reason}"))
         tree.add(Text.assemble(("agent  ", "bold"), self._agent))
-        tree.add(Text.assemble(("heartbeat  ", "bold"), self._heartbeat(now)))
+        tree.add(Text.assemble(("heartbeat  ", "bold"), "ended with the job" if ended else self._heartbeat(now)))
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(justify="right", style="dim", no_wrap=True)
         table.add_column(style="bold", no_wrap=True)
-        table.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
-        for at, who, what, mood in self._lines:
+        table.add_column(ratio=1, overflow="ellipsis", no_wrap=not ended)
+        room = KEPT if ended else max(1, min(KEPT, console.height - ROWS_AROUND))
+        for at, who, what, mood in tuple(self._lines)[-room:]:  # a copy: another thread draws
             table.add_row(f"{at:.2f}", who, Text(what, COLOURS[mood]))
-        return Panel(Group(tree, Text(), table), title=self._title, title_align="left", border_style="dim")
+        body = Group(tree if ended else Cut(tree), Text(), table)
+        yield Panel(body, title=self._title, title_align="left", border_style="dim")
 
     def _heartbeat(self, now: float) -> str:
         beat = self._beat
         if beat is None or beat.time is None:
             return "none yet"
         count = len(beat.processes)
-        return f"{max(0.0, now - beat.time):.0f} s ago: {count} processes, {beat.rss_bytes / 2**20:.0f} MiB"
+        noun = "process" if count == 1 else "processes"
+        return f"{max(0.0, now - beat.time):.0f} s ago: {count} {noun}, {beat.rss_bytes / 2**20:.0f} MiB"
+
+
+@final
+@frozen
+class Cut:
+    """What is drawn with its lines cut, not wrapped: its height does not change."""
+
+    drawn: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """See rich's console protocol."""
+        yield from console.render(self.drawn, options.update(no_wrap=True, overflow="ellipsis"))
 
 
 @final
 class ConsoleLog(logging.Handler):
-    """Log records on a console, so that they do not tear a live picture."""
+    """Log records on a console, secrets masked.
 
-    def __init__(self, console: Console) -> None:
+    What the index warns of is an event, too, and shown as such.
+    """
+
+    def __init__(self, console: Console, masker: Masker) -> None:
         super().__init__(logging.WARNING)
         self._console = console
+        self._masker = masker
+        self.addFilter(lambda record: record.levelno > logging.WARNING or record.name != "supervise.index")
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
-        text = self.format(record)
-        self._console.print(Text(f"{record.levelname.lower()}: {text}", "dim"), soft_wrap=True, highlight=False)
+        text = self._masker.text(self.format(record))
+        style = "red" if record.levelno > logging.WARNING else "dim"
+        say(self._console, f"{record.levelname.lower()}: {text}", style)

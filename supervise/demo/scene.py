@@ -6,6 +6,7 @@ Only indexer and agent are stand-ins; whatever supervises them is what supervise
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ FAULTS = {
     "watch-crash": "the watch crashes whenever it sees an edit: it is restarted, and at the end not trusted",
     "stubborn": "the watch ignores SIGINT and SIGTERM, and so does a child that has left its session",
     "reconcile": "neither watch nor reconcile work: the index is told to be stale, on disk, for the next job",
-    "cancel": "the job is cancelled while the agent works: the watch flushes what there is, or the index is marked stale",
+    "cancel": "the job is cancelled while the agent works: the watch flushes, or the index is marked stale",
 }
 
 #: With `--fault cancel`, the job is cancelled when the agent has used so many tools.
@@ -128,4 +129,5 @@ async def _command(workspace: Path, argv: tuple[str, ...]) -> None:
         with trio.move_on_after(30):
             await child.wait()
     if child.status is None or not child.status.ok:
-        raise SuperviseError(f"the demo's preparation failed: {argv}: {child.status}: {''.join(child.tails())}")
+        said = " ".join("\n".join(child.tails()).split())
+        raise SuperviseError(f"the demo's preparation failed: {shlex.join(argv)}: {child.status}: {said}")

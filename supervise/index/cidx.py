@@ -65,11 +65,11 @@ class Cidx:
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # The first: 11.x. The second: older versions.
 _READY = re.compile(r"Watchdog observer started monitoring:|Starting git-aware watch on")
-# "ERROR …", also behind a time ("2026-11-21 05:43 ERROR …") or a logger's name ("… - cidx - ERROR - …");
-# not a file of that name in a sentence ("indexed ERROR.md").
-_ERROR = re.compile(r"^[^A-Za-z]*(?:\d[TZ]?[^A-Za-z]*)?ERROR\b| - ERROR - ")
-_PLANNED = re.compile(r"\bindexing\s+([\d,]+)\s+files?\b", re.IGNORECASE)
-_PROCESSED = re.compile(r"\bfiles processed:\s*([\d,]+)", re.IGNORECASE)
+# "ERROR …", also behind a time ("2026-11-21T05:43:07Z ERROR …"), or behind a logger's name ("… - cidx - ERROR - …");
+# not a file of that name ("indexed ERROR.md", "- ERROR.md").
+_ERROR = re.compile(r"^[^A-Za-z]*(?:\dT\d[^A-Za-z]*)?(?:\dZ[^A-Za-z]*)?ERROR(?![\w/-]|\.\w)| - ERROR - ")
+_PLANNED = re.compile(r"\bindexing\s+(\d[\d,]{0,20})\s+files?\b", re.IGNORECASE)
+_PROCESSED = re.compile(r"\bfiles processed:\s*(\d[\d,]{0,20})", re.IGNORECASE)
 # The word, not a path that holds it ("src/cancelled.py").
 _CANCELLED = re.compile(r"(?<![\w./-])cancell?ed(?![\w/-]|\.\w)", re.IGNORECASE)
 _ALREADY_RUNNING = re.compile(r"\balready running\b", re.IGNORECASE)
@@ -77,10 +77,10 @@ _ALREADY_RUNNING = re.compile(r"\balready running\b", re.IGNORECASE)
 
 def meaning(line: str) -> Line:
     """What a line of output, of any command, means."""
-    plain = _ANSI.sub("", line)
-    if _READY.search(plain):
+    parts = _ANSI.sub("", line).split("\r")
+    if any(map(_READY.search, parts)):
         return Line.READY
-    if _ERROR.search(plain):
+    if any(map(_ERROR.search, parts)):
         return Line.ERROR
     return Line.OTHER
 
@@ -106,15 +106,19 @@ class ReconcileVerdict:
 
     def line(self, line: str) -> None:
         """The next line of output."""
-        plain = _ANSI.sub("", line)
+        for part in _ANSI.sub("", line).split("\r"):  # a progress bar writes many times over one line
+            self._part(part)
+
+    def _part(self, plain: str) -> None:
         if meaning(plain) is Line.ERROR:
             self._errors += 1
             self._first_error = self._first_error or plain.strip()[:200]
-        elif planned := _PLANNED.search(plain):
+            return
+        if planned := _PLANNED.search(plain):
             self._planned = max(self._planned or 0, _count(planned))
-        elif processed := _PROCESSED.search(plain):
+        if processed := _PROCESSED.search(plain):
             self._processed = _count(processed)
-        elif _CANCELLED.search(plain):
+        if _CANCELLED.search(plain):
             self._cancelled = True
 
     def against(self, status: ExitStatus | None) -> str:

@@ -91,6 +91,8 @@ class DiskMark:
             return "" if assume_fresh else "this workspace was never seen before"
         seconds = record.get("reconcile_seconds")
         self.last_reconcile_seconds = float(seconds) if isinstance(seconds, int | float) else None
+        if not record:
+            return "the record of its last clean end cannot be read"
         if stamp is None:
             return "the state of the workspace cannot be told"
         if stamp != record.get("stamp"):
@@ -109,10 +111,19 @@ class DiskMark:
         try:
             durable.replace(self._stale, to_line(record), durable=True)
         except OSError:
-            # Without a mark, the workspace must at least not pass for clean. This needs no space on the disk.
-            self._clean.unlink(missing_ok=True)
+            self._forget_clean()
             raise
         return why
+
+    def _forget_clean(self) -> None:
+        """Without a mark, the workspace must at least not pass for clean, nor for never seen.
+
+        To empty a file needs no space on the disk, and no right to write in the directory.
+        """
+        try:
+            os.truncate(self._clean, 0)
+        except FileNotFoundError:
+            return
 
     def _clear(self, stamp: str | None, reconcile_seconds: float | None) -> None:
         record = {
@@ -164,7 +175,13 @@ class Stamper:
             stamp = await self._by_git()
             if stamp is not None:
                 return stamp
-        return await trio.to_thread.run_sync(_by_times, self._workspace, abandon_on_cancel=True)
+        return await self._look(_by_times, self._workspace)
+
+    async def _look(self, look: Callable[..., str | None], *args: object) -> str | None:
+        """Ask the disk, which may be a network's: a look that takes too long is abandoned."""
+        with trio.move_on_after(self._timeout):
+            return await trio.to_thread.run_sync(look, *args, abandon_on_cancel=True)
+        return None
 
     async def _by_git(self) -> str | None:
         # Nothing that the workspace configures may run or write: no optional locks, no file system monitor.
@@ -187,22 +204,24 @@ class Stamper:
             return None  # no git here: the times of the files tell as well
         if child.status is None or not child.status.ok or len(answer) > STATUS_LIMIT:
             return None
-        return await trio.to_thread.run_sync(_git_stamp, self._workspace, bytes(answer))
+        return await self._look(_git_stamp, self._workspace, bytes(answer))
 
 
-def _git_stamp(workspace: Path, answer: bytes) -> str:
+def _git_stamp(workspace: Path, answer: bytes) -> str | None:
     digest = hashlib.sha256()
     root = _git_root(workspace)
     records = iter(answer.split(b"\0"))
     for record in records:
-        if record.startswith(b"# ") and not record.startswith(b"# branch.oid"):
+        if record.startswith((b"# branch.upstream", b"# branch.ab")):
             continue  # how far ahead of its upstream a branch is says nothing of the workspace
         digest.update(record + b"\0")
         kind = record[:1]
         if kind in (b"1", b"2", b"u", b"?"):
             # Where git stops telling: that a file differs, but not how. Its times and size do.
-            path = record.split(b" ", {b"1": 8, b"2": 9, b"u": 10, b"?": 1}[kind])[-1]
-            digest.update(_file_stamp(os.path.join(os.fsencode(root), path)))
+            path = os.path.join(os.fsencode(root), record.split(b" ", {b"1": 8, b"2": 9, b"u": 10, b"?": 1}[kind])[-1])
+            if os.path.isdir(path) and not os.path.islink(path):
+                return None  # a repository within: of what differs in there, git does not tell
+            digest.update(_file_stamp(path))
         if kind == b"2":  # a rename: its old path is the next record
             digest.update(next(records, b"") + b"\0")
     return "git:" + digest.hexdigest()

@@ -32,6 +32,11 @@ from supervise.settings import IndexSettings
 
 log = logging.getLogger("supervise.index")
 
+#: How long the last output of a command is waited for after its end, in seconds. A daemon may hold the pipe.
+LAST_WORDS = 0.2
+
+GIVEN_UP = "it was given up, the job ends"
+
 
 class Index(Protocol):
     """The index of a job, as the job's nursery sees it."""
@@ -158,7 +163,7 @@ class IndexDriver:
         self._report: IndexReport | None = None
         self._reported = trio.Event()
         self._reconciling: trio.CancelScope | None = None
-        self._up_since = 0.0
+        self._up_since: float | None = None
 
     # --- what the job says --------------------------------------------------------------------------------
 
@@ -218,14 +223,15 @@ class IndexDriver:
         stamp = await self._mark.stamp()
         why = self._marked_before or await self._mark.changed(stamp, assume_fresh=self._settings.assume_fresh)
         self._facts = self._facts.with_(level_before=not why)
-        if why and self._settings.fallback_to_reconcile and not self._stop_asked.is_set():
-            level = await self._reconcile(f"the index was stale: {why}", until=self._stop_asked, stamp=stamp)
-            self._facts = self._facts.with_(level_before=level)
+        if why and self._settings.fallback_to_reconcile:
+            trouble = await self._reconcile(f"the index was stale: {why}", until=self._stop_asked, stamp=stamp)
+            self._facts = self._facts.with_(level_before=not trouble)
 
     async def _watch_until_stopped(self) -> None:
         """The watch, started again after crashes as long as the budget lasts."""
         if not self._settings.watch_enabled:
-            self._apply(What.FAILED, "the watch is disabled")
+            self._reason = "the watch is disabled"
+            self._apply(What.FAILED, self._reason)
             return
         first = True
         while not self._stop_asked.is_set():
@@ -249,8 +255,7 @@ class IndexDriver:
 
     async def _answer_at_once(self) -> None:
         """The watch cannot start: the agent shall work on a fresh index all the same. Once is enough."""
-        wanted = self._settings.fallback_to_reconcile and self._metrics.fallbacks == 0
-        if wanted and not self._stop_asked.is_set():
+        if self._settings.fallback_to_reconcile and self._metrics.fallbacks == 0:
             await self._reconcile(self._reason, until=self._stop_asked)
 
     async def _one_watch(self, *, first: bool) -> _Ended:
@@ -261,7 +266,7 @@ class IndexDriver:
             self._metrics, starts=self._metrics.starts + 1, started_at=self._metrics.started_at or now
         )
         ready = trio.Event()
-        was_up = False
+        ear = _Ear(lambda line: self._watch_line(line, ready))
         event, reason, ended = What.FAILED, "", _Ended.NEVER_UP
         async with self._open_tree("watch", self._stop_watch, self._hurry) as tree:
             try:
@@ -269,16 +274,18 @@ class IndexDriver:
                 if trouble:
                     reason = trouble
                 elif not self._stop_asked.is_set():
-                    child = await self._spawn(tree, self._tool.watch, lambda line: self._watch_line(line, ready))
+                    child = await self._spawn(tree, self._tool.watch, ear)
                     was_up = await self._until_up(child, ready)
-                    event, reason, ended = await self._until_down(child, was_up)
+                    event, reason, ended = await self._until_down(child, was_up, ready)
                 else:
                     event, reason, ended = What.FAILED, "the job ended before the watch was started", _Ended.STOPPED
             except SpawnError as error:
                 reason = str(error)
             if self._daemon is _Daemon.OURS:
                 await self._stop_daemon()
+        ear.close()
         self.survivors += tree.survivors
+        self._reason = reason or self._reason
         self._count_down()
         if ended is _Ended.CRASHED:
             self._metrics = evolve(self._metrics, crashes=self._metrics.crashes + 1)
@@ -293,10 +300,10 @@ class IndexDriver:
         if start is None:
             return "" if self._stop_asked.is_set() else self._late("cidx start")
         status, output = start
-        if status.ok and tree.alive():
-            self._daemon = _Daemon.OURS
-        elif cidx.says_already_running(output):
+        if cidx.says_already_running(output):
             self._daemon = _Daemon.THEIRS
+        elif status.ok and tree.alive():
+            self._daemon = _Daemon.OURS
         fixed = await self._run(tree, self._tool.fix_config)
         if fixed is None:
             return "" if self._stop_asked.is_set() else self._late("cidx fix-config")
@@ -309,11 +316,12 @@ class IndexDriver:
 
     async def _run(self, tree: Tree, argv: tuple[str, ...]) -> tuple[ExitStatus, str] | None:
         """One of the short commands; `None` if it did not end, or the job ends meanwhile."""
-        child = await self._spawn(tree, argv, lambda line: None)
+        child = await self._spawn(tree, argv)
         with trio.move_on_after(self._settings.command_timeout):
             await _first_of(child.wait, self._stop_asked.wait)
         if child.status is None:
             return None
+        await _last_words(child)
         return child.status, "\n".join(child.tails())
 
     async def _until_up(self, child: Child, ready: trio.Event) -> bool:
@@ -328,21 +336,25 @@ class IndexDriver:
         self._may_start.set()
         return True
 
-    async def _until_down(self, child: Child, was_up: bool) -> tuple[What, str, _Ended]:
+    async def _until_down(self, child: Child, was_up: bool, ready: trio.Event) -> tuple[What, str, _Ended]:
         """Stay with the watch until it ends by itself, or is asked to."""
         await _first_of(child.wait, self._stop_asked.wait)
         if child.status is None:
+            # Older than the flush: what changes later is not covered by it. This takes a while.
+            self._stamp = await self._mark.stamp()
+        if child.status is None:
             return await self._flush(child)
-        if was_up:
+        await _last_words(child)
+        if ready.is_set() or (was_up and not child.status.ok):
+            self._may_start.set()
             return What.EXITED, f"the watch ended unasked with {child.status}", _Ended.CRASHED
         if child.status.ok:
-            return What.EXITED, "unavailable: the watch left its work to a daemon (exit 0 at once)", _Ended.NEVER_UP
+            return What.EXITED, "unavailable: exit code 0 before readiness, a daemon watches", _Ended.NEVER_UP
         last = next((line for line in reversed("\n".join(child.tails()).splitlines()) if line.strip()), "")
         return What.EXITED, f"the watch ended at its start with {child.status}: {last.strip()[:200]}", _Ended.NEVER_UP
 
     async def _flush(self, child: Child) -> tuple[What, str, _Ended]:
-        """Ask for pending edits. The stamp is older than the flush: what changes later is not covered by it."""
-        self._stamp = await self._mark.stamp()
+        """Ask for pending edits."""
         self._apply(What.STOP, "")
         began = trio.current_time()
         child.interrupt()
@@ -356,24 +368,32 @@ class IndexDriver:
         self._facts = self._facts.with_(flushed=True)
         return What.FLUSHED, "", _Ended.STOPPED
 
-    async def _reconcile(self, why: str, *, until: trio.Event | None = None, stamp: str | None = None) -> bool:
-        """`cidx index --reconcile`. Returns whether it may be believed. `until` gives it up."""
+    async def _reconcile(self, why: str, *, until: trio.Event | None = None, stamp: str | None = None) -> str:
+        """`cidx index --reconcile`. Returns what speaks against it: empty if it may be believed.
+
+        `until` gives it up, and so does a cancellation without `reconcile_on_cancel`.
+        """
         self._stamp = stamp or await self._mark.stamp()  # older than the reconcile, as for the flush
+        if self._is_unwanted(until):
+            return GIVEN_UP
         self._apply(What.RECONCILE, why)
         self._metrics = evolve(self._metrics, fallbacks=self._metrics.fallbacks + 1)
         verdict = ReconcileVerdict()
+        ear = _Ear(verdict.line)
         began = trio.current_time()
-        trouble, given_up = "", False
+        given_up = False
         try:
             async with self._open_tree("reconcile", self._stop_reconcile, self._hurry) as tree:
-                child = await self._spawn(tree, self._tool.reconcile, verdict.line)
+                child = await self._spawn(tree, self._tool.reconcile, ear)
                 with self._hurry.step(self._settings.reconcile_timeout) as self._reconciling:
-                    waits = (child.wait,) if until is None else (child.wait, until.wait)
-                    await _first_of(*waits)
+                    if self._is_unwanted(until):  # since before it could be told
+                        self._reconciling.cancel()
+                    await _first_of(child.wait, *(() if until is None else (until.wait,)))
                 status = child.status
+                given_up = status is None and trio.current_time() < self._reconciling.deadline
+            ear.close()
             self.survivors += tree.survivors
-            given_up = status is None and (self._facts.cancelled or (until is not None and until.is_set()))
-            trouble = "it was given up, the job ends" if given_up else verdict.against(status)
+            trouble = GIVEN_UP if given_up else verdict.against(status)
         except SpawnError as error:
             trouble = str(error)
         finally:
@@ -381,34 +401,39 @@ class IndexDriver:
         seconds = trio.current_time() - began
         self._emit(ReconcileFinished(ok=not trouble, seconds=seconds, reason=trouble))
         if trouble:
-            log.warning("the reconcile failed: %s", trouble)
-            if not given_up:
+            if until is None and not given_up:  # an early one knows nothing of daemons that were there before
                 await self._stop_daemon()
             self._apply(What.FAILED, f"the reconcile failed: {trouble}")
-            return False
+            return trouble
         self._metrics = evolve(self._metrics, reconcile_seconds=seconds)
         self.status = IndexStatus.READY_VIA_FALLBACK
         self._apply(What.RECONCILED, "")
-        return True
+        return ""
+
+    def _is_unwanted(self, until: trio.Event | None) -> bool:
+        """Whether the job does not want a reconcile any more."""
+        if until is not None and until.is_set():
+            return True
+        return self._facts.cancelled and not self._settings.reconcile_on_cancel
 
     async def _settle(self) -> None:
         """The end, the same for every outcome of the agent."""
-        end = ending(self._facts)
-        reason = "" if end.status is IndexStatus.WATCH_TERMINATED else self._why_not_clean()
-        status = end.status
-        if end.reconcile and not await self._reconcile(reason):
-            end = ending(self._facts)  # a cancellation that came meanwhile counts
-            status = IndexStatus.STALE if end.status is IndexStatus.STALE else IndexStatus.FAILED
-            reason = self._reason
-        elif status is IndexStatus.STALE:
+        status = ending(self._facts).status
+        reason = "" if status is IndexStatus.WATCH_TERMINATED else self._why_not_clean()
+        if ending(self._facts).reconcile and (trouble := await self._reconcile(reason)):
+            # A cancellation that came meanwhile counts.
+            cancelled = ending(self._facts).status is IndexStatus.STALE
+            status = IndexStatus.STALE if cancelled else IndexStatus.FAILED
+            reason = reason if cancelled else f"the reconcile failed: {trouble}"
+        if status is IndexStatus.STALE:
             reason = f"the job was cancelled before the index was known to be clean ({reason})"
+        if self._mark_trouble:  # nothing on the disk says that the index may be believed
+            status, reason = IndexStatus.FAILED, self._mark_trouble
         if status not in LEAVES_MARK:
             try:
                 await self._mark.clear(self._stamp, self._metrics.reconcile_seconds)
             except OSError as error:
                 status, reason = IndexStatus.FAILED, f"the stale mark could not be removed: {error.strerror}"
-        if self._mark_trouble:
-            status, reason = IndexStatus.FAILED, self._mark_trouble
         self._conclude(status, reason)
 
     def _why_not_clean(self) -> str:
@@ -426,8 +451,9 @@ class IndexDriver:
     def _conclude(self, status: IndexStatus, reason: str) -> None:
         self.status = status
         saved = None
-        if status is IndexStatus.WATCH_TERMINATED and self._mark.last_reconcile_seconds is not None:
-            saved = self._mark.last_reconcile_seconds - (self._metrics.flush_seconds or 0.0)
+        measured = self._metrics.reconcile_seconds or self._mark.last_reconcile_seconds
+        if status is IndexStatus.WATCH_TERMINATED and measured is not None:
+            saved = measured - (self._metrics.flush_seconds or 0.0)
         self._report = IndexReport(
             status=status,
             reason=reason,
@@ -445,15 +471,14 @@ class IndexDriver:
     def _apply(self, event: What, reason: str) -> None:
         self.state = next_state(self.state, event)
         self.status = LIVE_STATUS[self.state] or self.status
-        if reason:
-            self._reason = reason
         if event in (What.FAILED, What.EXITED):
             log.warning("index: %s", reason)
         self._emit(IndexChanged(state=self.state.value, cause=event.value, status=self.status, reason=reason))
 
-    async def _spawn(self, tree: Tree, argv: tuple[str, ...], on_line: Callable[[str], None]) -> Child:
-        out, err = Lines(on_line), Lines(on_line)
-        return await tree.spawn(self._command(argv), stdout=out.feed, stderr=err.feed)
+    async def _spawn(self, tree: Tree, argv: tuple[str, ...], ear: _Ear | None = None) -> Child:
+        if ear is None:
+            return await tree.spawn(self._command(argv))
+        return await tree.spawn(self._command(argv), stdout=ear.out.feed, stderr=ear.err.feed)
 
     def _watch_line(self, line: str, ready: trio.Event) -> None:
         meaning = cidx.meaning(line)
@@ -468,13 +493,13 @@ class IndexDriver:
             self._emit(IndexOutput(kind=meaning.value, line=line[:500]))
 
     def _count_down(self) -> None:
-        if self._up_since:
+        if self._up_since is not None:
             self._metrics = evolve(
                 self._metrics,
                 stopped_at=time.time(),
                 uptime=self._metrics.uptime + trio.current_time() - self._up_since,
             )
-            self._up_since = 0.0
+            self._up_since = None
 
     async def _stop_daemon(self) -> None:
         """`cidx stop`: not for a daemon that was there before us. Its exit code says nothing (no daemon: 1)."""
@@ -483,7 +508,7 @@ class IndexDriver:
         self._daemon = _Daemon.NONE
         try:
             async with self._open_tree("index-stop", self._stop_watch, self._hurry) as tree:
-                child = await self._spawn(tree, self._tool.stop, lambda line: None)
+                child = await self._spawn(tree, self._tool.stop)
                 with self._hurry.step(self._settings.command_timeout):
                     await child.wait()
             self.survivors += tree.survivors
@@ -491,10 +516,27 @@ class IndexDriver:
             log.warning("cidx stop: %s", error)
 
 
+class _Ear:
+    """Hears both outputs of a program by lines, to be closed when its tree is left: the last line may lack its end."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self.out, self.err = Lines(on_line), Lines(on_line)
+
+    def close(self) -> None:
+        self.out.close()
+        self.err.close()
+
+
 class _Daemon(Enum):
     NONE = "none"
     OURS = "ours"
     THEIRS = "theirs"
+
+
+async def _last_words(child: Child) -> None:
+    """The end of a program is known before all that it printed is read."""
+    with trio.move_on_after(LAST_WORDS):
+        await child.drained()
 
 
 async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:

@@ -51,6 +51,9 @@ from supervise.settings import IndexSettings, Settings
 
 log = logging.getLogger("supervise.job")
 
+#: Shorter values of secret-like names that no child is given are not masked.
+LONG_ENOUGH = 8
+
 BY_SCOPE = "the caller's scope was cancelled"
 
 
@@ -139,8 +142,10 @@ class Parts:
         index_settings = settings.index if spec.index == "settings" else spec.index
         index_env = index_environment(os.environ, index_settings or settings.index, spec.user)
         agent_env = agent_environment(os.environ, settings.agent, spec)
-        # All of ours, too: what no child is given, a child of our user can still read in /proc, and print.
-        self.masker = Masker(secret_values(os.environ) | secret_values(agent_env) | secret_values(index_env))
+        # Of ours, too: what no child is given, a child of our user can still read in /proc, and print. But a short
+        # value there is rather a word than a key, and masking it would tear holes into the agent's JSON.
+        not_given = {value for value in secret_values(os.environ) if len(value) >= LONG_ENOUGH}
+        self.masker = Masker(not_given | secret_values(agent_env) | secret_values(index_env))
         self.logs = Logs(directory, settings.log_max_bytes)
         self._options = TreeOptions(
             mark=job.job_id,

@@ -12,8 +12,23 @@ Line = tuple[str, str, str]
 """Who, what, and how it feels: `good`, `bad`, `warn` or empty."""
 
 
-def describe(event: e.Event) -> Line | None:
-    """The line of an event; `None` for those that only clutter."""
+def describe(event: e.Event, workspace: str = "") -> Line | None:
+    """The line of an event, printable; `None` for those that only clutter.
+
+    Args:
+        event: what happened.
+        workspace: paths inside of it are told as relative ones.
+    """
+    line = _describe(event)
+    if line is None:
+        return None
+    who, what, mood = line
+    if workspace and not isinstance(event, e.JobStarted):
+        what = what.replace(f"{workspace}/", "")
+    return _one_line(who), _one_line(what), mood
+
+
+def _describe(event: e.Event) -> Line | None:
     match event:
         case e.JobStarted():
             index = "no index" if event.index == "none" else f"index {event.index}"
@@ -56,7 +71,7 @@ def describe(event: e.Event) -> Line | None:
 def _agent(event: e.AgentEvent) -> Line | None:
     match event:
         case e.AgentInit():
-            return "agent", f"session {event.session_id}, model {event.model}", ""
+            return "agent", f"session {event.session_id or 'without id'}, model {event.model or 'unknown'}", ""
         case e.AgentText():
             return "agent", _one_line(event.text), ""
         case e.AgentToolUse():
@@ -65,15 +80,17 @@ def _agent(event: e.AgentEvent) -> Line | None:
             return "agent", f"tool failed: {_one_line(event.text)}", "warn"
         case e.AgentRetry():
             why = event.status or event.error or "connection trouble"
-            return "agent", f"the API failed ({why}): try {event.attempt} of {event.max_retries}", "warn"
+            tries = f"try {event.attempt or '?'} of {event.max_retries or '?'}"
+            return "agent", f"the API failed ({why}): {tries}", "warn"
         case e.AgentPermissionDenied():
             return "agent", f"{event.tool} was denied: {_one_line(event.message)}", "warn"
         case e.AgentResult():
             cost = "" if event.cost_usd is None else f", ${event.cost_usd:.4f}"
             how = "error" if event.is_error else "done"
+            turns = "" if event.num_turns is None else f" after {_count(event.num_turns, 'turn', 'turns')}"
             mood = "bad" if event.is_error else "good"
             text = _one_line(event.text or "; ".join(event.errors))
-            return "agent", f"{how} after {event.num_turns} turns{cost}: {text}", mood
+            return "agent", f"{how}{turns}{cost}: {text}", mood
         case e.AgentOutput():
             return "agent", _one_line(event.line), "warn" if event.stream == "stderr" else ""
         case e.BadLine():
@@ -83,7 +100,9 @@ def _agent(event: e.AgentEvent) -> Line | None:
 
 def _index(event: e.IndexChanged) -> str:
     if event.cause == "end":
-        return f"{event.status.value}" + (f": {event.reason}" if event.reason else "")
+        clean = "it saw every edit, and the index is fresh" if event.status is IndexStatus.WATCH_TERMINATED else ""
+        reason = event.reason or clean
+        return event.status.value + (f": {reason}" if reason else "")
     return f"{event.cause} → {event.state}" + (f": {event.reason}" if event.reason else "")
 
 
@@ -109,7 +128,7 @@ def _input(value: Any) -> str:
     return _one_line(json.dumps(value, default=str))
 
 
-def _one_line(text: str, limit: int = 160) -> str:
+def _one_line(text: str, limit: int = 300) -> str:
     # Control characters of somebody's output must not reach a terminal.
     flat = " ".join("".join(c if c.isprintable() else " " for c in text[: limit * 4]).split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
