@@ -175,6 +175,7 @@ class WatchMetrics:
     stopped_at: float | None = None
     uptime: float = 0.0
     starts: int = 0
+    failed_starts: int = 0
     crashes: int = 0
     restarts: int = 0
     fallbacks: int = 0
@@ -184,8 +185,8 @@ class WatchMetrics:
 
     @property
     def success_rate(self) -> float | None:
-        """Share of watch starts that did not end in a crash; `None` if the watch never started."""
-        return None if self.starts == 0 else (self.starts - self.crashes) / self.starts
+        """Share of starts after which the watch came up and did not crash; `None` if it was never started."""
+        return None if self.starts == 0 else (self.starts - self.failed_starts - self.crashes) / self.starts
 
 
 @frozen(kw_only=True)

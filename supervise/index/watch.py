@@ -287,6 +287,8 @@ class IndexDriver:
         self.survivors += tree.survivors
         self._reason = reason or self._reason
         self._count_down()
+        if ended is _Ended.NEVER_UP:
+            self._metrics = evolve(self._metrics, failed_starts=self._metrics.failed_starts + 1)
         if ended is _Ended.CRASHED:
             self._metrics = evolve(self._metrics, crashes=self._metrics.crashes + 1)
             self._facts = self._facts.with_(crashes=self._facts.crashes + 1)
