@@ -299,7 +299,11 @@ def find_program(command: Command) -> str:
     if exists:
         raise SpawnError(name, "not_executable", f"the program {name!r} cannot be executed; check its mode bits")
     where = "" if "/" in name else " on the PATH"
-    raise SpawnError(name, "not_found", f"the program {name!r} was not found{where}; install it, or name another (agent.command, index.command)")
+    raise SpawnError(
+        name,
+        "not_found",
+        f"the program {name!r} was not found{where}; install it, or name another (agent.command, index.command)",
+    )
 
 
 def _credentials(command: Command) -> dict[str, Any]:
