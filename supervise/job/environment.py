@@ -6,8 +6,10 @@ The agent's key goes to the agent, the embedding key to the index, and neither t
 from __future__ import annotations
 
 import pwd
+import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 
 from supervise.model import JobSpec
 from supervise.settings import AgentSettings, IndexSettings
@@ -39,12 +41,22 @@ def index_environment(ours: Mapping[str, str], settings: IndexSettings, user: st
 
 
 def _allowed(ours: Mapping[str, str], patterns: tuple[str, ...], user: str | None) -> dict[str, str]:
-    env = {name: value for name, value in ours.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    env = _matching(ours, patterns)
     if user is None:
         return env
-    env = {name: value for name, value in env.items() if not any(fnmatchcase(name, p) for p in PERSONAL)}
+    env = {name: value for name, value in env.items() if name not in _matching(env, PERSONAL)}
     try:
         entry = pwd.getpwnam(user)
     except (KeyError, ValueError):  # no such user, or not even a name
         return env  # the spawn says that there is no such user
     return {**env, "HOME": entry.pw_dir, "USER": user, "LOGNAME": user, "SHELL": entry.pw_shell or "/bin/sh"}
+
+
+def _matching(env: Mapping[str, str], patterns: tuple[str, ...]) -> dict[str, str]:
+    match = _compiled(patterns).match
+    return {name: value for name, value in env.items() if match(name)}
+
+
+@lru_cache(8)
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)))
