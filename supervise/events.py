@@ -7,6 +7,7 @@ Each event has a `type` (of the class), and `time` and `job_id`, which the job s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
 import attrs
@@ -217,8 +218,8 @@ class AgentEvent(Event):
     """Something that the agent said.
 
     Attributes:
-        raw: the whole line as the agent printed it, unknown fields included; `None` where the line was too
-            long to be kept in an event.
+        raw: the whole line as the agent printed it, unknown fields included; `None` where the line was too long
+            to be kept, and for all but the first event of a line that gives several.
     """
 
     type: ClassVar[str] = "agent"
@@ -400,11 +401,11 @@ def weight(value: Any, limit: int) -> int:
             total += len(item)
         elif isinstance(item, Mapping):
             total += 8
-            todo.extend(item.keys())
-            todo.extend(item.values())
+            todo.extend(islice(item.keys(), limit))
+            todo.extend(islice(item.values(), limit))
         elif isinstance(item, list | tuple):
             total += 8 + len(item)
-            todo.extend(item)
+            todo.extend(islice(item, limit))
         else:
             total += 8
     return total

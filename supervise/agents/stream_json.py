@@ -2,7 +2,7 @@
 
 The CLI prints one JSON object a line and adds kinds and fields with every version. So the tables of readers
 are short on purpose: a line of another kind passes through as an `UnknownEvent`, a field of an odd type counts as
-missing, and every event carries the whole line in `raw`.
+missing, and the first event of a line carries the whole line in `raw`.
 
 One rule is not visible in a single line. `usage` of a result counts its own turn, `modelUsage` counts the
 whole process, as the cost does. So the sums over `modelUsage` count from the second result line on, and where
@@ -39,6 +39,7 @@ __all__ = ["MAX_LINE", "StreamJsonParser"]
 
 MAX_LINE = 64 * 1024 * 1024
 
+_BLOCKS = 1000  # of one line, that become events
 _EXCERPT = 200  # bytes of a bad line that its event shows
 _COUNT_LIMIT = 2**53  # above it JSON numbers are not exact, and no honest count gets there
 _NUMBER_LIMIT = 1e12
@@ -222,29 +223,41 @@ def _permission_denied(raw: Raw) -> list[AgentEvent]:
 
 def _assistant(raw: Raw) -> list[AgentEvent]:
     events: list[AgentEvent] = []
-    for block in _list(_table(raw, "message"), "content"):
+    blocks = _list(_table(raw, "message"), "content")
+    for block in blocks[:_BLOCKS]:
         kind = _text(block, "type") if type(block) is dict else ""
+        line = None if events else raw
         if kind == "text":
-            events.append(AgentText(raw=raw, text=_text(block, "text")))
+            events.append(AgentText(raw=line, text=_text(block, "text")))
         elif kind == "thinking":
-            events.append(AgentThinking(raw=raw, text=_text(block, "thinking")))
+            events.append(AgentThinking(raw=line, text=_text(block, "thinking")))
         elif kind == "tool_use":
             name = _text(block, "name")
-            events.append(AgentToolUse(raw=raw, id=_text(block, "id"), name=name, input=block.get("input")))
-    return events
+            events.append(AgentToolUse(raw=line, id=_text(block, "id"), name=name, input=block.get("input")))
+    return _with_rest(events, blocks, "assistant")
 
 
 def _user(raw: Raw) -> list[AgentEvent]:
-    return [
-        AgentToolResult(
-            raw=raw,
-            id=_text(block, "tool_use_id"),
-            text=_joined(block.get("content")),
-            is_error=block.get("is_error") is True,
-        )
-        for block in _list(_table(raw, "message"), "content")
-        if type(block) is dict and block.get("type") == "tool_result"
-    ]
+    events: list[AgentEvent] = []
+    blocks = _list(_table(raw, "message"), "content")
+    for block in blocks[:_BLOCKS]:
+        if type(block) is dict and block.get("type") == "tool_result":
+            events.append(
+                AgentToolResult(
+                    raw=None if events else raw,
+                    id=_text(block, "tool_use_id"),
+                    text=_joined(block.get("content")),
+                    is_error=block.get("is_error") is True,
+                )
+            )
+    return _with_rest(events, blocks, "user")
+
+
+def _with_rest(events: list[AgentEvent], blocks: list[Any], kind: str) -> list[AgentEvent]:
+    """A line of very many blocks would hold up whoever reads the events: the rest of it becomes one event."""
+    if events and len(blocks) > _BLOCKS:
+        events.append(UnknownEvent(kind=kind, subtype=f"{len(blocks) - _BLOCKS} further blocks"))
+    return events
 
 
 def _partial(raw: Raw) -> list[AgentEvent]:

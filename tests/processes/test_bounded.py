@@ -1,10 +1,13 @@
-"""Memory and disk stay bounded: a child that prints without end, and a reader that never reads."""
+"""Memory and disk stay bounded: a child that prints without end, a reader that never reads, a stdout that blocks."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,23 +62,69 @@ while True:
 """
 
 
+def steady(samples: list[int]) -> bool:
+    """Whether the last third of the samples is no higher than the one before, but for a little."""
+    third = len(samples) // 3
+    return max(samples[-third:]) - max(samples[third : 2 * third]) < 16 << 20 and max(samples) < 512 << 20
+
+
+def rss(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def blocked(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`supervise run --json` with an agent that floods, into a pipe that nobody reads."""
+    (tmp_path / "blocked").mkdir()
+    command = FakeClaude(tmp_path / "blocked", ["init"], ["endless", 500]).command
+    settings = ("--set", f"agent.command={json.dumps(command)}", "--set", "index.mode=none")
+    words = ("run", "go", "--json", "--timeout", str(SECONDS), "--workspace", str(tmp_path), *settings)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "supervise", *words],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env=env,
+    )
+    os.close(write)
+    try:
+        yield process
+    finally:
+        os.close(read)
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
 @pytest.mark.slow
-def test_thirty_seconds_of_a_flood(tmp_path: Path) -> None:
+def test_thirty_seconds_of_a_flood(tmp_path: Path, blocked: subprocess.Popen[bytes]) -> None:
     state_dir = tmp_path / "state"
     flood = FakeClaude(tmp_path, ["init"], ["endless", 500]).command
     stderr = (sys.executable, "-I", "-S", "-c", FLOOD_STDERR)
     values = (str(state_dir), str(tmp_path), flood, stderr, SECONDS, LOG_LIMIT)
-    done = subprocess.run(
-        [sys.executable, "-c", SUPERVISOR, *map(repr, values)], capture_output=True, timeout=SECONDS * 4, check=False
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, *map(repr, values)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert done.returncode == 0, done.stderr.decode()
-    told = json.loads(done.stdout)
+    outside: list[int] = []
+    while blocked.poll() is None:
+        outside.append(rss(blocked.pid))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            blocked.wait(0.5)
+        assert len(outside) < SECONDS * 8, "the command does not end"
+    assert blocked.returncode == 124
+    assert b"nobody reads standard output" in blocked.communicate()[1]
+    assert steady(outside), [sample >> 20 for sample in outside]
+
+    out, err = supervisor.communicate(timeout=SECONDS * 3)
+    assert supervisor.returncode == 0, err.decode()
+    told = json.loads(out)
     samples = told["samples"]
     assert len(samples) > SECONDS / 2  # the loop was not held up
-    third = len(samples) // 3
-    growth = max(samples[-third:]) - max(samples[third : 2 * third])
-    assert growth < 16 << 20, [sample >> 20 for sample in samples]
-    assert max(samples) < 512 << 20, [sample >> 20 for sample in samples]
+    assert steady(samples), [sample >> 20 for sample in samples]
     assert [outcome for _, outcome, _ in told["jobs"]] == ["timed_out", "timed_out"]
     assert told["jobs"][0][2] <= 64 * 1024
     assert told["first"] == "events_dropped"

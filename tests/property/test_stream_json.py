@@ -357,7 +357,16 @@ def test_blocks_of_one_message_are_events_of_their_own() -> None:
         AgentToolUse(id="t1", name="Bash", input={"command": "ls"}),
         AgentText(text=""),
     ]
-    assert all(event.raw == line for event in events)
+    assert [event.raw for event in events] == [line, None, None, None]  # once is enough
+
+
+def test_a_line_of_very_many_blocks_does_not_become_as_many_events() -> None:
+    blocks = [{"type": "text", "text": "x"}] * 300_000
+    for kind, block in (("assistant", blocks[0]), ("user", {"type": "tool_result", "content": "x"})):
+        line = {"type": kind, "message": {"content": [block] * len(blocks)}}
+        events = parse([json.dumps(line).encode()])
+        assert len(events) == 1001
+        assert events[-1] == UnknownEvent(kind=kind, subtype="299000 further blocks")
 
 
 @pytest.mark.parametrize(
