@@ -77,6 +77,22 @@ def run(
     ] = None,
     permission_mode: Annotated[str | None, Parameter(group=_agent, help="acceptEdits, plan, dontAsk, …")] = None,
     resume: Annotated[str | None, Parameter(group=_agent, help="Id of a session to go on with.")] = None,
+    session_id: Annotated[str | None, Parameter(group=_agent, help="Id (a UUID) for a new session.")] = None,
+    system_prompt_file: Annotated[
+        str | None, Parameter(group=_agent, help="File that replaces the system prompt.")
+    ] = None,
+    append_system_prompt_file: Annotated[
+        str | None, Parameter(group=_agent, help="File that is added to the system prompt.")
+    ] = None,
+    agent_arg: Annotated[
+        list[str] | None,
+        Parameter(
+            group=_agent,
+            negative=(),
+            allow_leading_hyphen=True,
+            help="Further argument of the agent, as it is: --agent-arg=--bare; may be given again.",
+        ),
+    ] = None,
     set: Annotated[  # the option's name
         list[str] | None,
         Parameter(negative=(), help="A setting, as name=value: --set index.mode=none; may be given again."),
@@ -101,6 +117,10 @@ def run(
         allowed_tools=allowed_tools or (),
         permission_mode=permission_mode,
         resume=resume,
+        session_id=session_id,
+        system_prompt_file=system_prompt_file,
+        append_system_prompt_file=append_system_prompt_file,
+        extra_args=agent_arg or (),
     )
     spec = JobSpec(
         prompt=command.read_prompt("-" if prompt == STANDARD_INPUT else prompt),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, final
@@ -40,6 +41,9 @@ from supervise.processes.session import SessionContainment, spawn_error
 from supervise.secrets import Masker
 
 READ_SIZE = 64 * 1024
+
+#: How much of that is handed on before others have their turn: it may be a thousand lines, each an event.
+FED_AT_ONCE = 8 * 1024
 
 #: How often SIGKILL is sent again to a tree that keeps forking while it dies, in seconds.
 KILL_AGAIN = 0.1
@@ -105,7 +109,7 @@ class Tree(Protocol):
             stdout, stderr: called with each chunk of output, secrets masked. They must not raise.
 
         Raises:
-            SpawnError: it could not be started.
+            SpawnError: it could not be started, or the tree is being ended.
 
         Cancelling waits for a spawn that is under way.
         """
@@ -190,10 +194,24 @@ class ProcessTree:
         self._nursery = nursery
         self._children: list[ProcessChild] = []
         self._tasks: list[trio.CancelScope] = []
+        self._ending = 0
+        self._spawning: set[trio.Event] = set()
 
     @trio.lowlevel.enable_ki_protection
     async def spawn(self, command: Command, *, stdout: Sink | None = None, stderr: Sink | None = None) -> ProcessChild:
         """See `Tree.spawn`."""
+        if self._ending:
+            name = command.argv[0]
+            raise SpawnError(name, "other", f"the program {name!r} was not started: its tree is being ended")
+        done = trio.Event()
+        self._spawning.add(done)
+        try:
+            return await self._spawn(command, stdout, stderr)
+        finally:
+            self._spawning.discard(done)
+            done.set()
+
+    async def _spawn(self, command: Command, stdout: Sink | None, stderr: Sink | None) -> ProcessChild:
         ours: list[int] = []
         theirs: list[int] = []
         try:
@@ -246,14 +264,58 @@ class ProcessTree:
     async def stop(self) -> None:
         """See `Tree.stop`. The one teardown of this library."""
         began = trio.current_time()
-        with trio.CancelScope(shield=True):
-            left = [] if await self._end_all() else self._containment.members()
-            for child in self._children:  # the end of each leader is told before its tree is called empty
-                if child.pid not in {process.pid for process in left}:
-                    await child.wait()
+        self._ending += 1
+        try:
+            with trio.CancelScope(shield=True):
+                for done in list(self._spawning):  # a program that is just started belongs to the tree, too
+                    await done.wait()
+                survivors = await self._end_all_there_is()
+        finally:
+            self._ending -= 1
         if self._children:
-            self.survivors = tuple(self._survivor(process) for process in left)
-            self._emit(TreeEmpty(role=self.role, seconds=trio.current_time() - began, survivors=len(self.survivors)))
+            self.survivors = survivors
+            self._emit(TreeEmpty(role=self.role, seconds=trio.current_time() - began, survivors=len(survivors)))
+
+    async def _end_all_there_is(self) -> tuple[Survivor, ...]:
+        try:
+            left = [] if await self._end_all() else self._containment.members()
+        except OSError as error:
+            return await self._end_unseen(error)
+        survivors = [self._survivor(process) for process in left]
+        told = {process.pid for process in left}
+        leaders = [child for child in self._children if child.pid not in told]
+        # The end of each leader is told before its tree is called empty.
+        with trio.move_on_after(KILL_AGAIN):
+            await self._ended(leaders)
+        with trio.move_on_after(self._policy.kill_wait):
+            for child in leaders:
+                if child.status is None:  # /proc hides it from us
+                    self._containment.signal_group(child.pid, signal.SIGKILL)
+            await self._ended(leaders)
+        survivors += [self._leader_left(child, "its end was not seen") for child in leaders if child.status is None]
+        return tuple(survivors)
+
+    async def _ended(self, children: list[ProcessChild]) -> None:
+        for child in children:
+            await child.wait()
+
+    async def _end_unseen(self, error: OSError) -> tuple[Survivor, ...]:
+        """Nobody can be found, but the leaders' groups are known. Looks again until `kill_wait` is over."""
+        with trio.move_on_after(self._policy.kill_wait):
+            self._emit(SignalSent(role=self.role, signal="SIGKILL", count=len(self._children)))
+            while True:
+                for child in self._children:
+                    self._containment.signal_group(child.pid, signal.SIGKILL)
+                await trio.sleep(KILL_AGAIN)
+                try:
+                    if self._containment.empty():
+                        await self._ended(self._children)
+                        return ()
+                    self._containment.signal(signal.SIGKILL)
+                except OSError as again:
+                    error = again
+        # Also of a leader that has ended: what it left behind may live.
+        return tuple(self._leader_left(child, f"could not look: {error.strerror}") for child in self._children)
 
     async def _end_all(self) -> bool:
         """Walk through the policy. Returns whether nothing is left."""
@@ -273,6 +335,7 @@ class ProcessTree:
         return False
 
     async def _until_empty(self) -> None:
+        await trio.lowlevel.checkpoint()  # other trees signal meanwhile: one look then serves all
         while not self._containment.empty():
             await self._containment.gone(self._containment.members())
             await trio.lowlevel.checkpoint()
@@ -285,6 +348,9 @@ class ProcessTree:
         reason = self._containment.not_ours().get(process.pid, f"it did not end after SIGKILL (state {process.state})")
         return Survivor(process.pid, process.start_time, identity.command_of(process.pid), self.role, reason)
 
+    def _leader_left(self, child: ProcessChild, reason: str) -> Survivor:
+        return Survivor(child.pid, child.started, identity.command_of(child.pid), self.role, reason)
+
     def _output(self, stream: str, sink: Sink | None) -> Output:
         logs = self._options.logs
         log = None if logs is None else logs.of(self.role, stream, lambda reason: self._cut(stream, reason))
@@ -296,6 +362,7 @@ class ProcessTree:
     @trio.lowlevel.enable_ki_protection
     async def _end(self, ended: trio.Event) -> None:
         """All that leaving the block does."""
+        self._ending += 1  # for ever
         try:
             with trio.CancelScope(shield=True):
                 await self.stop()
@@ -323,6 +390,7 @@ class ProcessChild:
     def __init__(self, tree: ProcessTree, leader: Leader, pipes: list[int], outputs: list[Output]) -> None:
         self.pid = leader.pid
         self.status: ExitStatus | None = None
+        self.started = time.time()
         self._tree = tree
         self._leader = leader
         self._stdin = trio.lowlevel.FdStream(pipes[0])
@@ -370,7 +438,9 @@ class ProcessChild:
         source, output = self._sources[index], self._outputs[index]
         try:
             while chunk := await source.receive_some(READ_SIZE):
-                output.feed(chunk)
+                for start in range(0, len(chunk), FED_AT_ONCE):
+                    output.feed(chunk[start : start + FED_AT_ONCE])
+                    await trio.lowlevel.cancel_shielded_checkpoint()
         except trio.Cancelled:
             stream = ("stdout", "stderr")[index]
             self._tree._cut(stream, "a process outside of the tree holds the pipe; reading was given up")

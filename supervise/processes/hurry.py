@@ -25,6 +25,10 @@ class Hurry:
         if not waiting:
             self._owed += 1
 
+    def forget(self) -> None:
+        """What is still owed belonged to steps that are over, or never were."""
+        self._owed = 0
+
     @contextmanager
     def step(self, seconds: float) -> Iterator[trio.CancelScope]:
         """A wait of at most `seconds`, which `next()` ends early."""

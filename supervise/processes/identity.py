@@ -11,13 +11,14 @@ from functools import lru_cache
 from attrs import frozen
 
 _GONE = (errno.ENOENT, errno.ESRCH)  # a read in /proc fails with either, see proc(5)
+_HIDDEN = (errno.EACCES, errno.EPERM)  # somebody else's, where /proc is mounted with hidepid
 
 
 @frozen
 class Process:
     """One process as `/proc/PID/stat` shows it. `start` is in clock ticks since boot: with the pid, an identity.
 
-    `cpu` is in clock ticks, `pages` counts pages of resident memory.
+    `cpu` is in clock ticks, `pages` counts pages of resident memory, `threads` those that have not ended.
     """
 
     pid: int
@@ -28,6 +29,7 @@ class Process:
     start: int
     cpu: int = 0
     pages: int = 0
+    threads: int = 1
 
     @property
     def cpu_seconds(self) -> float:
@@ -41,8 +43,8 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Neither a zombie nor dead."""
-        return self.state not in "ZXx"
+        """Neither a zombie nor dead. A main thread that has ended before the others is shown as a zombie, too."""
+        return self.state not in "ZXx" or (self.state == "Z" and self.threads > 1)
 
     @property
     def start_time(self) -> float:
@@ -74,7 +76,7 @@ def started_since(start: int, *, skip: Collection[int] = ()) -> tuple[list[Proce
 
 
 def _stat(name: str) -> list[bytes] | None:
-    """The fields of /proc/PID/stat after the name of the program."""
+    """The fields of /proc/PID/stat after the name of the program; None if it is gone or not ours to read."""
     try:
         descriptor = os.open(f"/proc/{name}/stat", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -82,7 +84,7 @@ def _stat(name: str) -> list[bytes] | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno in _GONE:
+        if error.errno in (*_GONE, *_HIDDEN):
             return None
         raise
     # The name in parentheses may hold anything, also spaces and parentheses.
@@ -99,17 +101,35 @@ def _process(pid: int, fields: list[bytes]) -> Process:
         start=int(fields[19]),
         cpu=int(fields[11]) + int(fields[12]),
         pages=int(fields[21]),
+        threads=int(fields[17]),
     )
 
 
-def environment_of(pid: int) -> bytes:
+def environment_of(process: Process) -> bytes:
     """The environment that the process was started with; empty if it is gone or not ours to read."""
+    text = _environ(f"/proc/{process.pid}")
+    if not text and process.state == "Z":  # a main thread that has ended before the others has none: ask them
+        threads = f"/proc/{process.pid}/task"
+        text = next(filter(None, (_environ(f"{threads}/{thread}") for thread in _listing(threads))), b"")
+    return text
+
+
+def _environ(directory: str) -> bytes:
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
+        with open(f"{directory}/environ", "rb") as file:
             return file.read()
     except OSError as error:
-        if error.errno in (*_GONE, errno.EACCES, errno.EPERM):
+        if error.errno in (*_GONE, *_HIDDEN):
             return b""
+        raise
+
+
+def _listing(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        if error.errno in (*_GONE, *_HIDDEN):
+            return []
         raise
 
 

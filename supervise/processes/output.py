@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -58,11 +60,11 @@ class BoundedLog:
             if self._file is not None:
                 self._file.close()
             if self._tails:  # also what was written before the disk refused more
-                with self._path.open("ab") as log:
+                with self._open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as log:
                     if self._dropped:
                         log.write(f"\n[… {self._dropped} bytes left out …]\n".encode())
                     for tail in self._tails:
-                        with tail.open("rb") as file:
+                        with self._open(tail, os.O_RDONLY) as file:
                             shutil.copyfileobj(file, log)
                         tail.unlink()
         except OSError as error:
@@ -98,9 +100,13 @@ class BoundedLog:
         self._tails.append(old)
         self._in_tail = 0
 
-    def _open(self, path: Path) -> IO[bytes]:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        return open(os.open(path, flags, 0o600), "wb", buffering=0)
+    def _open(self, path: Path, flags: int = os.O_WRONLY | os.O_CREAT | os.O_TRUNC) -> IO[bytes]:
+        """Neither follows a planted link nor waits for the other end of a planted FIFO."""
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return open(descriptor, "wb" if flags & os.O_WRONLY else "rb", buffering=0)
 
     def _give_up(self, error: OSError) -> None:
         if self._file is not None:

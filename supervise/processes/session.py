@@ -17,7 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
@@ -38,6 +40,12 @@ WATCHED_AT_ONCE = 32
 
 #: How many descriptors one look, or one signal, needs at once. A tree keeps as many in reserve.
 RESERVE = 2
+
+#: How long a look serves other trees, too, in seconds: many that end at once would each read all of /proc.
+LOOK_SERVES = 0.01
+
+#: How many programs are started at once.
+SPAWNS_AT_ONCE = 8
 
 # Ignored signals and a blocked mask survive exec. The only way to reset them without running Python between
 # fork and exec of a process with threads is a program in between, which is started where there is need.
@@ -70,16 +78,88 @@ def require_platform() -> None:
 
 
 @final
-class SessionLeader:
-    """A child of ours. Its status is read without reaping it."""
+class Look:
+    """What one reading of /proc shows, sorted so that each tree finds its own quickly."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], pidfd: int) -> None:
+    def __init__(self, since: int, leaders: set[int], earlier: Look | None = None) -> None:
+        self.began = time.monotonic()
+        self._again: Look | None = None
+        self._since, self._leaders = since, leaders
+        self.is_second = earlier is not None
+        self.seen: set[int]
+        started, self.seen = identity.started_since(since, skip=earlier.seen if earlier else ())
+        self.processes = {process.pid: process for process in started}
+        self.children: defaultdict[int, list[Process]] = defaultdict(list)
+        self.near: defaultdict[int, list[Process]] = defaultdict(list)
+        #: Of those that are in no session or group of ours: what is in one needs no other sign.
+        self.environments: dict[int, bytes] = {}
+        for process in started:
+            self.children[process.parent].append(process)
+            leads = {process.pid, process.session, process.group} & leaders
+            for leader in leads:
+                self.near[leader].append(process)
+            if not leads and process.alive and MARK.encode() in (text := identity.environment_of(process)):
+                self.environments[process.pid] = text
+        self.ended = time.monotonic()
+
+    def again(self) -> Look:
+        """Another look, at what is new since this one."""
+        if self._again is None:
+            self._again = Look(self._since, self._leaders, self)
+        return self._again
+
+
+@final
+class Shared:
+    """What all trees of one Trio run share."""
+
+    def __init__(self) -> None:
+        # Not Trio's own: a host whose threads are all busy must not keep a tree from being ended.
+        self.limiter = trio.CapacityLimiter(SPAWNS_AT_ONCE)
+        self.trees: set[SessionContainment] = set()
+        self.leaders: set[int] = set()
+        self._look: Look | None = None
+
+    def look(self, tree: SessionContainment) -> Look:
+        """One that was begun after the tree's last change, and is not old."""
+        look = self._look
+        if look is None or look.began <= tree.changed or time.monotonic() - look.ended > LOOK_SERVES:
+            since = min(each.since for each in (tree, *self.trees))
+            look = self._look = Look(since, set(self.leaders))
+        return look
+
+    def leave(self, tree: SessionContainment, leaders: Iterable[int]) -> None:
+        self.trees.discard(tree)
+        self.leaders.difference_update(leaders)
+        if not self.trees:
+            self._look = None
+
+
+_shared: trio.lowlevel.RunVar[Shared] = trio.lowlevel.RunVar("supervise.processes.session")
+
+
+def shared() -> Shared:
+    """That of this Trio run."""
+    try:
+        return _shared.get()
+    except LookupError:
+        _shared.set(Shared())
+        return _shared.get()
+
+
+@final
+class SessionLeader:
+    """A child of ours. Its status is read without reaping it; `on_end` is called when it has ended."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], pidfd: int, on_end: Callable[[], None]) -> None:
         self.popen = popen
         self.pid = popen.pid
         self.pidfd = pidfd
+        self._on_end = on_end
 
     async def wait(self) -> ExitStatus:
         await trio.lowlevel.wait_readable(self.pidfd)
+        self._on_end()
         try:
             info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # noqa: ASYNC222  # WNOHANG
         except ChildProcessError:  # the host ignores SIGCHLD, so that the kernel threw the status away
@@ -103,11 +183,14 @@ class SessionContainment:
     def __init__(self, token: str) -> None:
         require_platform()
         self._token = token
-        self._since = identity.now_in_ticks()
+        self.since = identity.now_in_ticks()
         self._leaders: dict[int, SessionLeader] = {}
         self._not_ours: dict[int, str] = {}
         self._reserve: list[int] = []
         self._known: set[tuple[int, int]] = set()
+        self.changed = time.monotonic()
+        self._shared = shared()
+        self._shared.trees.add(self)
 
     async def spawn(self, command: Command, pipes: Pipes) -> SessionLeader:
         program = find_program(command)
@@ -122,55 +205,52 @@ class SessionContainment:
             **_credentials(command),
         }
         # Not abandoned when cancelled: Trio waits for the thread, so the child is known before anything else runs.
-        popen = await trio.to_thread.run_sync(partial(_popen, program, command, options))
+        popen = await trio.to_thread.run_sync(partial(_popen, program, command, options), limiter=self._shared.limiter)
         try:
-            leader = SessionLeader(popen, os.pidfd_open(popen.pid))
+            leader = SessionLeader(popen, os.pidfd_open(popen.pid), self._change)
         except OSError as error:  # out of descriptors: no child is left half started
             os.killpg(popen.pid, signal.SIGKILL)
             popen.wait()
             raise spawn_error(command, error) from None
         self._leaders[popen.pid] = leader
+        self._shared.leaders.add(popen.pid)
+        self._change()
         self._fill_reserve()
         return leader
 
     def members(self) -> list[Process]:
-        return self._look()[0]
+        with self._descriptors():
+            return self._members(self._shared.look(self))
 
     def empty(self) -> bool:
         if not self._leaders:
             return True
-        members, seen = self._look()
-        # Who forks and ends while /proc is read is missed, and its child too. A second look at what is new since
-        # the first finds the child.
-        return not members and not self._look(skip=seen - self._leaders.keys())[0]
-
-    def _look(self, skip: Collection[int] = ()) -> tuple[list[Process], set[int]]:
         with self._descriptors():
-            return self._members(skip)
+            look = self._shared.look(self)
+            # Who forks and ends while /proc is read is missed, and its child too. A second look at what is new
+            # since the first finds the child.
+            return not self._members(look) and not self._members(look.again())
 
-    def _members(self, skip: Collection[int]) -> tuple[list[Process], set[int]]:
-        started, seen = identity.started_since(self._since, skip=skip)
-        processes = {process.pid: process for process in started}
+    def _members(self, look: Look) -> list[Process]:
         token = self._token.encode()
-        found = {
-            process.pid
-            for process in started
-            if process.pid in self._leaders
-            or process.session in self._leaders
-            or process.group in self._leaders
-            or (process.pid, process.start) in self._known
-            or (process.alive and token in identity.environment_of(process.pid))
-        }
-        grown = True
-        while grown:  # children of members are members, whatever they did to their session and environment
-            more = {p.pid for p in started if p.parent in found and p.pid not in found}
-            grown = bool(more)
-            found |= more
-        members = [processes[pid] for pid in sorted(found) if processes[pid].alive]
+        found = {process.pid: process for leader in self._leaders for process in look.near.get(leader, ())}
+        for pid, start in self._known:
+            if (process := look.processes.get(pid)) is not None and process.start == start:
+                found[pid] = process
+        for pid, environment in look.environments.items():
+            if token in environment:
+                found[pid] = look.processes[pid]
+        new = list(found)
+        while new:  # children of members are members, whatever they did to their session and environment
+            for child in look.children.get(new.pop(), ()):
+                if child.pid not in found:
+                    found[child.pid] = child
+                    new.append(child.pid)
+        members = [found[pid] for pid in sorted(found) if found[pid].alive]
         # Who was found by a parent stays a member when the teardown has ended that parent first.
         known = {(member.pid, member.start) for member in members}
-        self._known = self._known | known if skip else known
-        return members, seen
+        self._known = self._known | known if look.is_second else known
+        return members
 
     def signal(self, number: int) -> int:
         members = self.members()
@@ -185,7 +265,12 @@ class SessionContainment:
             for member in members:
                 if member.group not in self._leaders:
                     self._signal_one(member, number)
+        self._change()
         return len(members)
+
+    def _change(self) -> None:
+        """An earlier look, perhaps another tree's, tells nothing about this one any more."""
+        self.changed = time.monotonic()
 
     def signal_group(self, leader: int, number: int) -> None:
         """Send one signal to a leader's process group, as a terminal does. The leader must not be reaped yet."""
@@ -216,6 +301,7 @@ class SessionContainment:
                 return
             await trio.sleep(0.02)  # no descriptor is free: nothing tells, so look again soon
         finally:
+            self._change()
             for pidfd in pidfds:
                 os.close(pidfd)
 
@@ -226,6 +312,7 @@ class SessionContainment:
         for leader in self._leaders.values():
             os.close(leader.pidfd)
             leader.popen.poll()  # reaps; a survivor stays
+        self._shared.leave(self, self._leaders)
         self._leaders.clear()
         self._use_reserve()
 

@@ -79,6 +79,10 @@ def test_options_reach_the_agent(cli: Cli) -> None:
     argv = " ".join(seen_by_agent(done)["argv"])
     assert "--model opus --max-turns 3 --max-budget-usd 0.5 --permission-mode plan --resume s1" in argv
     assert "--allowedTools Edit,Bash(git *)" in argv
+    options = ["--session-id", "u1", "--system-prompt-file", "a", "--append-system-prompt-file", "b"]
+    done = cli.run("ask", *options, "--agent-arg=--bare", "--agent-arg", "--verbose")
+    argv = " ".join(seen_by_agent(done)["argv"])
+    assert argv.endswith("--session-id u1 --system-prompt-file a --append-system-prompt-file b --bare --verbose")
 
 
 def test_a_text_of_20_mb_arrives_whole(cli: Cli) -> None:

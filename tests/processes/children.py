@@ -237,6 +237,29 @@ def forks(how: str) -> None:
             time.sleep(0.02)
 
 
+@behaviour
+def main_thread_exits(how: str) -> None:
+    """Lives on in another thread, as the leader (`here`) or as a daemon (`escaped`)."""
+    import ctypes
+    import threading
+
+    def live() -> None:
+        state = b""
+        while state != b"Z":
+            with open(f"/proc/{os.getpid()}/stat", "rb") as file:
+                state = file.read().rpartition(b") ")[2][:1]
+        say("ready", os.getpid())
+        time.sleep(LIFE)
+
+    def exit_alone() -> None:
+        threading.Thread(target=live).start()
+        ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit, not exit_group
+
+    if how == "here":
+        exit_alone()
+    leave(exit_alone)
+
+
 # --- output and input --------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from supervise.processes.output import BoundedLog, Lines, Logs, Output, Tail
 from supervise.secrets import Masker
@@ -73,13 +76,50 @@ def test_a_log_that_cannot_be_opened_is_told_once(tmp_path: Path) -> None:
     assert "No such file" in told[0]
 
 
-def test_a_full_disk_is_told_once() -> None:
+def test_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedLog, "_open", lambda self, path: io.FileIO("/dev/full", "w"))
     told: list[str] = []
-    log = BoundedLog(Path("/dev/full"), 1000, told.append)
+    log = BoundedLog(tmp_path / "log", 1000, told.append)
     for _ in range(3):
         log.write(b"x")
     log.close()
-    assert told == ["writing the log /dev/full failed: No space left on device"]
+    assert told == [f"writing the log {tmp_path}/log failed: No space left on device"]
+
+
+@pytest.mark.parametrize("reader", [False, True], ids=["nobody reads it", "somebody reads it"])
+@pytest.mark.parametrize("name", ["log", "log.tail0", "log.tail1"])
+def test_a_planted_fifo_is_not_waited_for(tmp_path: Path, name: str, reader: bool) -> None:
+    os.mkfifo(tmp_path / name)
+    descriptor = os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK) if reader else None
+    told: list[str] = []
+    try:
+        log = BoundedLog(tmp_path / "log", 20, told.append)
+        log.write(b"x" * 100)
+        log.close()
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    assert len(told) == 1
+    assert f"writing the log {tmp_path}/log failed" in told[0]
+
+
+@pytest.mark.parametrize("name", ["log", "log.tail0"])
+def test_a_fifo_planted_later_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    told: list[str] = []
+    log = BoundedLog(tmp_path / "log", 20, told.append)
+    log.write(b"x" * 15)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    log.close()
+    assert len(told) == 1
+
+
+def test_a_device_is_no_log() -> None:
+    told: list[str] = []
+    log = BoundedLog(Path("/dev/null"), 20, told.append)
+    log.write(b"x")
+    log.close()
+    assert told == ["writing the log /dev/null failed: it is no regular file"]
 
 
 @contextmanager

@@ -1,0 +1,245 @@
+"""Trees end whatever the kernel shows, hides or refuses, and whatever the host does at the same time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+
+import pytest
+import trio
+import trio.testing
+
+from supervise.errors import SpawnError
+from supervise.model import ExitStatus, StopPolicy
+from supervise.processes import identity
+from supervise.processes.session import SPAWNS_AT_ONCE
+from tests.processes.conftest import Leaks
+from tests.processes.test_child import LIMIT, PATIENT, Bench, Heard, is_alive, within
+from tests.processes.test_child import bench as bench  # a fixture
+
+SLEEP = ("/bin/sleep", "60")
+
+# --- a main thread that ends before the others -------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="the number of exit(2) is not known here")
+@pytest.mark.parametrize("how", ["here", "escaped"])
+@within(LIMIT)
+async def test_who_lives_on_in_another_thread_is_ended(bench: Bench, how: str) -> None:
+    heard = Heard()
+    async with bench.tree(PATIENT) as tree:
+        child = await tree.spawn(bench.command("main_thread_exits", how), stdout=heard)
+        pid = await heard.pid("ready")
+        process = identity.read(pid)
+        assert process is not None
+        assert process.state == "Z"
+        assert process.alive
+        if how == "escaped":
+            await child.wait()
+        assert [process.pid for process in tree.members()] == [pid]
+    assert child.status == (ExitStatus(signal="SIGTERM") if how == "here" else ExitStatus(code=0))
+    assert not is_alive(pid)
+    assert tree.survivors == ()
+
+
+@within(LIMIT)
+async def test_a_leader_whose_end_is_not_seen_is_a_survivor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench.tree(StopPolicy((), kill_wait=0.2), pipe_timeout=0.2) as tree:
+        child = await tree.spawn(bench.command(*SLEEP))
+        monkeypatch.setattr(tree._containment, "empty", lambda: True)
+        monkeypatch.setattr(tree._containment, "signal_group", lambda leader, number: None)
+    os.kill(child.pid, signal.SIGKILL)
+    child._leader.popen.wait()  # type: ignore[attr-defined]
+    (survivor,) = tree.survivors
+    assert (survivor.pid, survivor.reason) == (child.pid, "its end was not seen")
+
+
+@within(LIMIT)
+async def test_a_leader_that_cannot_be_seen_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench.tree() as tree:
+        child = await tree.spawn(bench.command(*SLEEP))
+        monkeypatch.setattr(identity, "_stat", lambda name: None)
+    assert child.status == ExitStatus(signal="SIGKILL")
+    assert tree.survivors == ()
+
+
+# --- spawns while a tree ends ------------------------------------------------------------------------------
+
+
+@within(LIMIT)
+async def test_no_spawn_after_the_tree_was_left(bench: Bench, leaks: Leaks) -> None:
+    async with bench.tree() as tree:
+        pass
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SpawnError, match="its tree is being ended") as caught:
+        await tree.spawn(bench.command(*SLEEP))
+    assert caught.value.kind == "other"
+    assert bench.events == []
+    assert leaks.processes() == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@within(LIMIT)
+async def test_no_spawn_while_the_tree_ends(bench: Bench) -> None:
+    heard = Heard()
+    async with bench.tree() as tree, trio.open_nursery() as nursery:
+        await tree.spawn(bench.command("record", str(bench.path / "log"), "SIGTERM"), stdout=heard)
+        await heard.pid("ready")
+        nursery.start_soon(tree.stop)
+        await heard.until("SIGTERM")
+        with pytest.raises(SpawnError, match="its tree is being ended"):
+            await tree.spawn(bench.command(*SLEEP))
+
+
+@within(LIMIT)
+async def test_a_spawn_in_flight_when_the_tree_is_left_is_ended(
+    bench: Bench, leaks: Leaks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow() -> bool:  # called in the thread, before the fork
+        time.sleep(0.2)
+        return False
+
+    monkeypatch.setattr("supervise.processes.session._inherits_odd_signals", slow)
+    async with trio.open_nursery() as nursery:
+        async with bench.tree() as tree:
+            nursery.start_soon(tree.spawn, bench.command(*SLEEP))
+            await trio.testing.wait_all_tasks_blocked()
+        assert leaks.processes() == []
+        assert [type(event).__name__ for event in bench.events] == [
+            "ProcessStarted",
+            "SignalSent",
+            "ProcessExited",
+            "TreeEmpty",
+        ]
+    assert tree.survivors == ()
+
+
+@within(LIMIT)
+async def test_a_host_that_uses_all_threads_stops_no_tree(bench: Bench) -> None:
+    go_on = threading.Event()
+    threads = int(trio.to_thread.current_default_thread_limiter().total_tokens)
+    async with trio.open_nursery() as nursery:
+        try:
+            for _ in range(threads):
+                nursery.start_soon(trio.to_thread.run_sync, go_on.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert trio.to_thread.current_default_thread_limiter().available_tokens == 0
+            async with bench.tree() as tree:
+                with trio.fail_after(5):
+                    child = await tree.spawn(bench.command(*SLEEP))
+            assert child.status == ExitStatus(signal="SIGTERM")
+        finally:
+            go_on.set()
+
+
+# --- /proc -------------------------------------------------------------------------------------------------
+
+
+@within(LIMIT)
+async def test_processes_that_are_hidden_are_not_ours(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: set[int] = set()
+    opens = os.open
+
+    def refuse(path: str, flags: int, *args: int, **kwargs: int) -> int:
+        parts = str(path).split("/")
+        if parts[1:2] == ["proc"] and parts[-1] == "stat" and int(parts[2]) not in ours:
+            number = errno.EPERM if int(parts[2]) % 2 else errno.EACCES
+            raise PermissionError(number, os.strerror(number))
+        return opens(path, flags, *args, **kwargs)
+
+    async with bench.tree(PATIENT) as tree:
+        child = await tree.spawn(bench.command(*SLEEP))
+        ours.add(child.pid)
+        monkeypatch.setattr(os, "open", refuse)
+        assert [process.pid for process in tree.members()] == [child.pid]
+        assert identity.read(1) is None
+    assert child.status == ExitStatus(signal="SIGTERM")
+    assert tree.survivors == ()
+
+
+def no_look(name: str) -> list[bytes] | None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@within(LIMIT)
+async def test_a_tree_that_nobody_can_look_at_is_killed_and_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        async with bench.tree(StopPolicy(((signal.SIGTERM, 60.0),), kill_wait=0.5)) as tree:
+            children = [await tree.spawn(bench.command(*SLEEP)) for _ in range(2)]
+            patch.setattr(identity, "_stat", no_look)
+    assert [child.status for child in children] == [ExitStatus(signal="SIGKILL")] * 2
+    assert [survivor.pid for survivor in tree.survivors] == [child.pid for child in children]
+    assert {survivor.reason for survivor in tree.survivors} == {"could not look: Input/output error"}
+
+
+@within(LIMIT)
+async def test_a_tree_that_can_be_looked_at_again_leaves_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    real = identity._stat
+    end = time.monotonic() + LIMIT
+
+    def sometimes(name: str) -> list[bytes] | None:
+        return no_look(name) if time.monotonic() < end else real(name)
+
+    async with bench.tree(PATIENT) as tree:
+        await tree.spawn(bench.command("daemons", "1"), stdout=heard)
+        daemon = await heard.pid("daemon")
+        end = time.monotonic() + 0.3
+        monkeypatch.setattr(identity, "_stat", sometimes)
+    assert not is_alive(daemon)
+    assert tree.survivors == ()
+
+
+# --- many trees --------------------------------------------------------------------------------------------
+
+
+@within(LIMIT)
+async def test_trees_that_end_at_once_share_their_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    trees, looks, ready = 40, 0, 0
+    real = identity.started_since
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal looks
+        looks += 1
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    async def one() -> None:
+        nonlocal ready
+        async with bench.tree(PATIENT) as tree:
+            await tree.spawn(bench.command(*SLEEP))
+            ready += 1
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(trees):
+            nursery.start_soon(one)
+        while ready < trees:
+            await trio.sleep(0.01)
+        monkeypatch.setattr(identity, "started_since", counted)
+        nursery.cancel_scope.cancel()
+    assert looks < 2 * trees  # each for itself needs more than four
+    assert bench.signals == ["SIGTERM"] * trees
+    assert trees > SPAWNS_AT_ONCE
+
+
+@within(LIMIT)
+async def test_a_look_is_not_shared_past_a_change(bench: Bench) -> None:
+    """Trees side by side, each with members that left their session: nobody takes another's, nor misses his own."""
+    heard = [Heard(), Heard()]
+    async with bench.tree() as first, bench.tree() as second:
+        for tree, each in zip((first, second), heard, strict=True):
+            assert tree.alive() == 0
+            await tree.spawn(bench.command("daemons", "1"), stdout=each)
+            assert tree.alive() >= 1
+        daemons = [await each.pid("daemon") for each in heard]
+        await trio.sleep(0.05)
+        for tree, daemon in zip((first, second), daemons, strict=True):
+            members = {process.pid for process in tree.members()}
+            assert len(members) == 2
+            assert daemon in members
+        await first.stop()
+        assert (first.alive(), second.alive()) == (0, 2)
+    assert not any(map(is_alive, daemons))
