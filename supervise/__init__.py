@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from supervise import events
     from supervise.agents.claude import ClaudeAgent
+    from supervise.agents.command import Parser, run_command
     from supervise.agents.mock import MockAgent
     from supervise.agents.protocol import Agent, AgentRun
     from supervise.errors import (
@@ -42,11 +43,14 @@ if TYPE_CHECKING:
         Usage,
         WatchMetrics,
     )
+    from supervise.processes.child import Child, Tree
+    from supervise.processes.containment import Command
     from supervise.secrets import Secret
     from supervise.settings import AgentSettings, IndexSettings, Settings
 
 _HOME = {
     "supervise.agents.claude": ("ClaudeAgent",),
+    "supervise.agents.command": ("Parser", "run_command"),
     "supervise.agents.mock": ("MockAgent",),
     "supervise.agents.protocol": ("Agent", "AgentRun"),
     "supervise.errors": (
@@ -78,6 +82,8 @@ _HOME = {
         "Usage",
         "WatchMetrics",
     ),
+    "supervise.processes.child": ("Child", "Tree"),
+    "supervise.processes.containment": ("Command",),
     "supervise.secrets": ("Secret",),
     "supervise.settings": ("AgentSettings", "IndexSettings", "Settings"),
 }
@@ -89,7 +95,9 @@ __all__ = [
     "AgentRun",
     "AgentSettings",
     "BadInput",
+    "Child",
     "ClaudeAgent",
+    "Command",
     "Event",
     "EventsDropped",
     "ExitStatus",
@@ -107,6 +115,7 @@ __all__ = [
     "MissingExtra",
     "MockAgent",
     "Outcome",
+    "Parser",
     "Secret",
     "Settings",
     "SettingsError",
@@ -116,12 +125,14 @@ __all__ = [
     "SuperviseError",
     "Supervisor",
     "Survivor",
+    "Tree",
     "UnsupportedPlatform",
     "Usage",
     "WatchMetrics",
     "events",
     "open_job",
     "open_supervisor",
+    "run_command",
     "run_job",
 ]
 

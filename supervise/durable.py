@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from pathlib import Path
 
 
@@ -45,5 +47,14 @@ def sync_directory(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Make a directory and its parents; nobody else may look into the last one."""
+    """Make a directory and its parents; nobody else may look into the last one.
+
+    Raises:
+        OSError: it cannot be made, or is there and belongs to somebody else.
+    """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"{path} belongs to another user (uid {found.st_uid})", str(path))
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        path.chmod(0o700)

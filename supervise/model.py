@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from attrs import Factory, field, frozen
@@ -141,14 +142,17 @@ class StopPolicy:
     kill_wait: float = field(default=5.0, validator=_r.positive("seconds"))
 
 
+_whole = _r.check(lambda v: type(v) is int, "a whole number")
+
+
 @frozen
 class Usage:
     """Tokens as the agent reported them; never an estimate."""
 
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_read_tokens: int = 0
-    cache_creation_tokens: int = 0
+    input_tokens: int = field(default=0, validator=_whole)
+    output_tokens: int = field(default=0, validator=_whole)
+    cache_read_tokens: int = field(default=0, validator=_whole)
+    cache_creation_tokens: int = field(default=0, validator=_whole)
 
 
 @frozen
@@ -169,6 +173,8 @@ class WatchMetrics:
     Times of day are seconds since the epoch, lengths are seconds.
     `saved_seconds` is the last reconcile of this workspace that is on record minus what this clean end took:
     `None` where no reconcile was ever measured, or the watch did not end cleanly.
+    `levellings` counts the reconcile of a stale workspace before its watch; `fallbacks` those in the watch's place:
+    at once after a start that failed, and at the end.
     """
 
     started_at: float | None = None
@@ -178,6 +184,7 @@ class WatchMetrics:
     failed_starts: int = 0
     crashes: int = 0
     restarts: int = 0
+    levellings: int = 0
     fallbacks: int = 0
     reconcile_seconds: float | None = None
     flush_seconds: float | None = None
@@ -207,23 +214,49 @@ class IndexReport:
     metrics: WatchMetrics = WatchMetrics()
 
 
+def _kind(value: FailureKind | str | None) -> FailureKind | None:
+    try:
+        return None if value is None else FailureKind(value)
+    except ValueError:
+        return value  # type: ignore[return-value]
+
+
+_kind_or_none = _r.check(
+    lambda v: v is None or isinstance(v, FailureKind), "a FailureKind or None: " + ", ".join(FailureKind)
+)
+_text = _r.instance(str, "a text")
+_text_or_none = _r.instance((str, NoneType), "a text or None")
+_number_or_none = _r.check(
+    lambda v: v is None or type(v) is int or (isinstance(v, float) and math.isfinite(v)), "a number or None"
+)
+_whole_or_none = _r.check(lambda v: v is None or type(v) is int, "a whole number or None")
+
+
 @frozen(kw_only=True)
 class AgentReport:
-    """What an agent says of its run: the verdict and the numbers."""
+    """What an agent says of its run: the verdict and the numbers.
 
-    failure_kind: FailureKind | None = None
-    error: str | None = None
-    text: str = ""
-    session_id: str | None = None
-    usage: Usage = Usage()
-    cost_usd: float | None = None
-    num_turns: int | None = None
-    permission_denials: int = 0
-    reset_at: float | None = None  # when a quota resets: seconds since the epoch
-    exit: ExitStatus | None = None
-    finished: bool = False  # a good last result was seen, whatever came after it
-    stdout_tail: str = ""
-    stderr_tail: str = ""
+    Raises:
+        SpecError: a bad value; the message names field, value and rule.
+    """
+
+    failure_kind: FailureKind | None = field(default=None, converter=_kind, validator=_kind_or_none)
+    error: str | None = field(default=None, validator=_text_or_none)
+    text: str = field(default="", validator=_text)
+    session_id: str | None = field(default=None, validator=_text_or_none)
+    usage: Usage = field(default=Usage(), validator=_r.instance(Usage, "a Usage"))
+    cost_usd: float | None = field(default=None, validator=_number_or_none)
+    num_turns: int | None = field(default=None, validator=_whole_or_none)
+    permission_denials: int = field(default=0, validator=_whole)
+    #: When a quota resets: seconds since the epoch.
+    reset_at: float | None = field(default=None, validator=_number_or_none)
+    exit: ExitStatus | None = field(
+        default=None, validator=_r.instance((ExitStatus, NoneType), "an ExitStatus or None")
+    )
+    #: A good last result was seen, whatever came after it.
+    finished: bool = field(default=False, validator=_r.instance(bool, "true or false"))
+    stdout_tail: str = field(default="", validator=_text)
+    stderr_tail: str = field(default="", validator=_text)
 
 
 @frozen(kw_only=True)
@@ -325,6 +358,16 @@ def _mapping(value: Mapping[str, str] | None) -> dict[str, str]:
     return dict(value or {})
 
 
+def _is_user(value: object) -> bool:
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
 def _shown_env(value: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{name!r}: …" for name in value) + "}"
 
@@ -387,7 +430,7 @@ class JobSpec:
     )
     user: str | None = field(
         default=None,
-        validator=_r.check(lambda v: v is None or (isinstance(v, str) and bool(v)), "a user's name or None"),
+        validator=_r.check(lambda v: v is None or _is_user(v), "a user's name without NUL, or None"),
     )
     labels: dict[str, str] = field(
         factory=dict,

@@ -13,9 +13,9 @@ import pwd
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from attrs import Factory, field, frozen
+from attrs import field, frozen
 
 from supervise.errors import SettingsError
 from supervise.rules import Validator, is_environment, rules
@@ -34,15 +34,13 @@ __all__ = [
 _r = rules(SettingsError)
 
 
-def _setting(
-    default: Any, help: str, *, unit: str = "", validator: Validator | None = None, converter: Any = None
-) -> Any:
-    return field(
-        default=default,
-        validator=validator,
-        converter=converter,
-        metadata={"help": help, "unit": unit},
-    )
+def _setting(default: Any, help: str, *, unit: str = "", validator: Validator | None = None) -> Any:
+    return field(default=default, validator=validator, metadata=_told(help, unit))
+
+
+def _told(help: str, unit: str = "") -> dict[str, str]:
+    """A field with a converter is made by `field` itself: only so does a type checker see what may be given."""
+    return {"help": help, "unit": unit}
 
 
 def _part(cls: type) -> Any:
@@ -61,30 +59,44 @@ def _switch(default: bool, help: str) -> Any:
 # The converters leave alone what they do not understand: the validator behind them can name the setting.
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
+T = TypeVar("T")
+AnyPath = str | os.PathLike[str]
 
 
-def _words(value: Any) -> Any:
+def _tuple(value: Sequence[T]) -> tuple[T, ...]:
+    known = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return tuple(value) if known else value  # type: ignore[return-value]
+
+
+def _words(value: str | Sequence[str]) -> tuple[str, ...]:
     """A command: a program, or a program and its first arguments."""
     return (value,) if isinstance(value, str) else _tuple(value)
 
 
-def _secret(value: Any) -> Any:
+def _names_of(value: Sequence[str]) -> tuple[str, ...]:
+    return _tuple(value)
+
+
+def _secret(value: str | Secret | None) -> Secret | None:
     return Secret(value) if isinstance(value, str) else value
 
 
-def _path(value: Any) -> Any:
+def _path(value: AnyPath) -> Path:
     """Without the rule for the empty text it would be the working directory."""
-    return Path(value) if value != "" and isinstance(value, str | os.PathLike) else value
+    known = value != "" and isinstance(value, str | os.PathLike)
+    return Path(value) if known else value  # type: ignore[return-value]
 
 
-def _paths(value: Any) -> Any:
+def _maybe_path(value: AnyPath | None) -> Path | None:
+    return None if value is None else _path(value)
+
+
+def _paths(value: Sequence[AnyPath]) -> tuple[Path, ...]:
     items = _tuple(value)
     return tuple(_path(item) for item in items) if isinstance(items, tuple) else items
 
 
-def _env(value: Any) -> Any:
+def _env(value: Mapping[str, str]) -> dict[str, str]:
     return dict(value) if isinstance(value, Mapping) else value
 
 
@@ -128,22 +140,25 @@ class AgentSettings:
 
     PATH: ClassVar[str] = "agent"
 
-    command: tuple[str, ...] = _setting(
-        ("claude",), "program (and first arguments) of the agent's CLI", converter=_words, validator=_command
+    command: tuple[str, ...] = field(
+        default=("claude",),
+        converter=_words,
+        validator=_command,
+        metadata=_told("program (and first arguments) of the agent's CLI"),
     )
     termination_timeout: float = _seconds(10.0, "between SIGTERM and SIGKILL to the agent's tree", zero=True)
-    pass_env: tuple[str, ...] = _setting(
-        (),
-        "names of further environment variables that the agent gets",
-        converter=_tuple,
+    pass_env: tuple[str, ...] = field(
+        default=(),
+        converter=_names_of,
         validator=_names,
+        metadata=_told("names of further environment variables that the agent gets"),
     )
     env: dict[str, str] = field(
         factory=dict,
         converter=_env,
         validator=_environment,
         repr=_shown_env,
-        metadata={"help": "further environment of the agent, name to value", "unit": ""},
+        metadata=_told("further environment of the agent, name to value"),
     )
     exit_linger: float = _seconds(30.0, "silence after a good last result, after which the agent is stopped", zero=True)
     max_line: int = _setting(
@@ -165,8 +180,11 @@ class IndexSettings:
         "cidx, none, or auto: cidx where the workspace holds .code-indexer/",
         validator=_r.one_of("auto", "cidx", "none"),
     )
-    command: tuple[str, ...] = _setting(
-        ("cidx",), "program (and first arguments) of the indexer", converter=_words, validator=_command
+    command: tuple[str, ...] = field(
+        default=("cidx",),
+        converter=_words,
+        validator=_command,
+        metadata=_told("program (and first arguments) of the indexer"),
     )
     watch_enabled: bool = _switch(True, "run `cidx watch` beside the agent")
     startup_timeout: float = _seconds(30.0, "how long the agent waits for the index at most", zero=True)
@@ -178,8 +196,11 @@ class IndexSettings:
     reconcile_timeout: float = _seconds(600.0, "longest `cidx index --reconcile`")
     reconcile_on_cancel: bool = _switch(False, "reconcile also after the job was cancelled")
     command_timeout: float = _seconds(30.0, "longest `cidx start`, `fix-config` and `stop`, each")
-    voyage_api_key: Secret | None = _setting(
-        None, "key of the embedding service; the index alone gets it", converter=_secret, validator=_secret_or_none
+    voyage_api_key: Secret | None = field(
+        default=None,
+        converter=_secret,
+        validator=_secret_or_none,
+        metadata=_told("key of the embedding service; the index alone gets it"),
     )
 
 
@@ -189,21 +210,33 @@ class WorkerSettings:
 
     PATH: ClassVar[str] = "worker"
 
-    root: Path | None = _setting(
-        None, "directory that holds tasks/, running/, results/ …", converter=_path, validator=_path_or_none
+    root: Path | None = field(
+        default=None,
+        converter=_maybe_path,
+        validator=_path_or_none,
+        metadata=_told("directory that holds tasks/, running/, results/ …"),
     )
-    workspace: Path | None = _setting(
-        None, "workspace of tasks that name none", converter=_path, validator=_path_or_none
+    workspace: Path | None = field(
+        default=None,
+        converter=_maybe_path,
+        validator=_path_or_none,
+        metadata=_told("workspace of tasks that name none"),
     )
-    workspaces: tuple[Path, ...] = _setting(
-        (), "directories under which a task's workspace may lie", converter=_paths, validator=_all_paths
+    workspaces: tuple[Path, ...] = field(
+        default=(),
+        converter=_paths,
+        validator=_all_paths,
+        metadata=_told("directories under which a task's workspace may lie"),
     )
     max_concurrent: int = _setting(3, "jobs at a time", validator=_r.count(1))
     max_attempts: int = _setting(3, "attempts at a task", validator=_r.count(1))
     backoff_base: float = _seconds(1.0, "first pause before a retry")
     backoff_cap: float = _seconds(300.0, "longest pause before a retry")
-    lock_file: Path | None = _setting(
-        None, "lock file of the single instance", converter=_path, validator=_path_or_none
+    lock_file: Path | None = field(
+        default=None,
+        converter=_maybe_path,
+        validator=_path_or_none,
+        metadata=_told("lock file of the single instance"),
     )
     drain_timeout: float = _seconds(600.0, "how long a draining worker waits for its jobs", zero=True)
 
@@ -224,8 +257,11 @@ class RedisSettings:
 
     PATH: ClassVar[str] = "redis"
 
-    url: Secret | None = _setting(
-        None, "address, such as redis://127.0.0.1:6379/0", converter=_secret, validator=_secret_or_none
+    url: Secret | None = field(
+        default=None,
+        converter=_secret,
+        validator=_secret_or_none,
+        metadata=_told("address, such as redis://127.0.0.1:6379/0"),
     )
 
 
@@ -241,8 +277,11 @@ class HttpSettings:
         validator=_r.check(lambda v: isinstance(v, str) and bool(v), "an address or a name"),
     )
     port: int = _setting(8787, "port to listen on, 0 for any", validator=_r.count(0, 65535))
-    token: Secret | None = _setting(
-        None, "bearer token that callers must show", converter=_secret, validator=_secret_or_none
+    token: Secret | None = field(
+        default=None,
+        converter=_secret,
+        validator=_secret_or_none,
+        metadata=_told("bearer token that callers must show"),
     )
 
 
@@ -252,11 +291,11 @@ class Settings:
 
     PATH: ClassVar[str] = ""
 
-    state_dir: Path = _setting(
-        Factory(lambda: home_of_user() / ".local" / "state" / "supervise"),
-        "where stale marks, results, heartbeats and logs are kept",
+    state_dir: Path = field(
+        factory=lambda: home_of_user() / ".local" / "state" / "supervise",
         converter=_path,
         validator=_a_path,
+        metadata=_told("where stale marks, results, heartbeats and logs are kept"),
     )
     executor: Literal["local", "mock", "redis", "http"] = _setting(
         "local",

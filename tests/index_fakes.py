@@ -372,6 +372,7 @@ class FakeMark:
         fails: the methods that raise `OSError`: of `set` and `clear`.
         reconcile_seconds: what is on record of the last reconcile.
         untold: no stamp can be made.
+        hurry: ends a stamp early.
     """
 
     def __init__(
@@ -379,6 +380,7 @@ class FakeMark:
         world: World,
         before: str = "level",
         *,
+        hurry: Hurry,
         stamp_seconds: float = 0.0,
         fails: Sequence[str] = (),
         reconcile_seconds: float | None = None,
@@ -388,7 +390,9 @@ class FakeMark:
         self.clean: str | None = {"unseen": None, "changed": "v0"}.get(before, f"v{world.version}")
         self.last_reconcile_seconds: float | None = None
         self.history: list[tuple[float, str]] = []
+        self.released: float | None = None
         self._world = world
+        self._hurry = hurry
         self._stamp_seconds = stamp_seconds
         self._fails = fails
         self._reconcile_seconds = reconcile_seconds
@@ -406,8 +410,9 @@ class FakeMark:
 
     async def stamp(self) -> str | None:
         version = self._world.version
-        await trio.sleep(self._stamp_seconds)
-        return None if self._untold else f"v{version}"
+        with self._hurry.step(math.inf) as wait:
+            await trio.sleep(self._stamp_seconds)
+        return None if self._untold or wait.cancelled_caught else f"v{version}"
 
     async def changed(self, stamp: str | None, *, assume_fresh: bool) -> str:
         await trio.lowlevel.checkpoint()
@@ -423,6 +428,9 @@ class FakeMark:
         self.clean = stamp or "untold"
         self.marked = False
         self.history.append((trio.current_time(), "clear"))
+
+    def release(self) -> None:
+        self.released = trio.current_time()
 
     @property
     def stale(self) -> bool:
@@ -461,9 +469,11 @@ class Drive:
         self.plan = plan
         self.world = World()
         self.trees = FakeTrees(plan.acts, self.world)
+        self.hurry = Hurry()
         self.mark = FakeMark(
             self.world,
             plan.before,
+            hurry=self.hurry,
             stamp_seconds=plan.stamp_seconds,
             fails=plan.mark_fails,
             reconcile_seconds=plan.reconcile_seconds,
@@ -509,7 +519,7 @@ def drive(plan: Plan, driver: type[IndexDriver] = IndexDriver, *, limit: float =
 
 async def _job(run: Drive, driver_class: type[IndexDriver], limit: float) -> None:
     plan = run.plan
-    hurry = Hurry()
+    hurry = run.hurry
     driver = driver_class(
         tool=Cidx(),
         settings=plan.settings,

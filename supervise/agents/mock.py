@@ -9,6 +9,7 @@ import trio
 from attrs import field, frozen
 
 from supervise.agents.protocol import AgentRun
+from supervise.errors import SpecError
 from supervise.events import AgentEvent, AgentText
 from supervise.model import AgentReport, FailureKind, Usage
 
@@ -19,6 +20,8 @@ Step = str | AgentEvent | float | Callable[[AgentRun], object]
 
 
 def _steps(value: Iterable[Step]) -> tuple[Step, ...]:
+    if isinstance(value, str):
+        raise SpecError(f"MockAgent.steps is the text {value!r}, but must be a list of steps: write [{value!r}]")
     return tuple(value)
 
 

@@ -57,5 +57,6 @@ class Agent(Protocol):
 
         Cancellation is how a job is stopped: clean up, `run.report` what is known, and let `trio.Cancelled`
         pass. Processes belong into `run.tree()`, which ends them on every road. An exception makes the job fail
-        with `agent_error`.
+        with `agent_error`. An agent that shields itself for ever cannot be ended, and neither can its job: bound
+        what you shield.
         """

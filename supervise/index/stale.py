@@ -2,17 +2,27 @@
 
     <state_dir>/workspaces/<hash of the path>/stale.json   there: the index may be behind its workspace
     <state_dir>/workspaces/<hash of the path>/clean.json   the workspace as it was when it was last level
+    <state_dir>/workspaces/<hash of the path>/lock         locked while one of them is changed
+    <state_dir>/workspaces/<hash of the path>/alive        locked, shared, by each job that is at work there
 
 The mark is on the disk before an agent starts, and goes only after a proof. So whatever dies in between leaves
 it. A workspace that was never seen, or that has changed since its last clean stamp, is stale as well.
+
+The mark names the jobs that it stands for. A job that proves the index level takes its own name off, and those that
+dead jobs had left before it began, for it has levelled the index after them; never the name of a job that may live.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import math
 import os
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -22,14 +32,20 @@ from supervise import durable
 from supervise.codec import loads, rfc3339, to_line
 from supervise.errors import SpawnError
 from supervise.index.cidx import INDEX_DIRECTORY
-from supervise.model import StopPolicy
-from supervise.processes.child import TreeOpener
+from supervise.model import StopPolicy, Survivor
+from supervise.processes.child import Tree, TreeOpener
 from supervise.processes.containment import Command
 from supervise.processes.hurry import Hurry
 
 #: Larger answers of git, and larger trees, are not read on: the workspace is then taken for changed.
 STATUS_LIMIT = 16 * 1024 * 1024
 ENTRIES_LIMIT = 500_000
+
+#: How many jobs a mark names at most: an index that fails for months leaves one more each time. The newest stay.
+MOST_JOBS = 200
+
+#: How long another job's hold on the lock is waited for, in seconds.
+LOCK_PATIENCE = 5.0
 
 NOT_THE_WORKSPACE = frozenset({".git", INDEX_DIRECTORY})
 
@@ -47,7 +63,13 @@ class StaleMark(Protocol):
         """Why a workspace with this stamp is stale; empty if it is as it was when last clean."""
 
     async def clear(self, stamp: str | None, reconcile_seconds: float | None) -> None:
-        """Record that the index is level with the workspace of that stamp, and remove the mark."""
+        """Record that the index is level with the workspace of that stamp, and remove this job's mark.
+
+        A mark that stands for another job, too, stays for that, and nothing is recorded.
+        """
+
+    def release(self) -> None:
+        """The job is over: what it leaves of its mark is for the next one to settle."""
 
     @property
     def last_reconcile_seconds(self) -> float | None:
@@ -74,6 +96,8 @@ class DiskMark:
         self._stale = self.directory / "stale.json"
         self._clean = self.directory / "clean.json"
         self._read_stamp = read_stamp
+        self._settles: frozenset[str] = frozenset()  # the jobs whose names a clean end takes off the mark
+        self._alive: weakref.finalize[[int], DiskMark] | None = None
 
     async def set(self, job_id: str) -> str:
         """See `StaleMark.set`."""
@@ -103,17 +127,64 @@ class DiskMark:
         """See `StaleMark.clear`."""
         await trio.to_thread.run_sync(self._clear, stamp, reconcile_seconds or self.last_reconcile_seconds)
 
+    def release(self) -> None:
+        """See `StaleMark.release`."""
+        if self._alive is not None:
+            self._alive()
+            self._alive = None
+
     def _set(self, job_id: str) -> str:
+        self.release()
         durable.make_private(self.directory)
-        old = _read(self._stale)
-        why = "" if old is None else f"job {old.get('job_id', '?')} left it behind at {old.get('time', '?')}"
-        record = {"workspace": self._workspace, "job_id": job_id, "time": rfc3339(time.time())}
         try:
-            durable.replace(self._stale, to_line(record), durable=True)
+            with self._locked():
+                alone = self._live()
+                before = self._jobs()
+                self._settles = frozenset({job_id, *(before if alone else ())})
+                others = [(other, at) for other, at in before.items() if other != job_id]
+                self._write({**dict(others[1 - MOST_JOBS :]), job_id: rfc3339(time.time())})
         except OSError:
+            self.release()
             self._forget_clean()
             raise
-        return why
+        return _told(before, alone=alone)
+
+    def _jobs(self) -> dict[str, str]:
+        """The jobs that the mark stands for, the oldest first, and when they set it."""
+        record = _read(self._stale)
+        if record is None:
+            return {}
+        jobs = record.get("jobs")
+        if isinstance(jobs, dict) and jobs:
+            return {str(job_id): str(at) for job_id, at in jobs.items()}
+        return {str(record.get("job_id", "?")): str(record.get("time", "?"))}  # of an older version, or torn
+
+    def _write(self, jobs: dict[str, str]) -> None:
+        durable.replace(self._stale, to_line({"workspace": self._workspace, "jobs": jobs}), durable=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One job at a time reads and changes the mark. The lock of a process that dies is free."""
+        descriptor = _open_lock(self.directory / "lock")
+        try:
+            give_up = time.monotonic() + LOCK_PATIENCE
+            while not _lock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() >= give_up:
+                    raise OSError(errno.ETIMEDOUT, f"another job held its lock for {LOCK_PATIENCE:g} s")
+                time.sleep(0.02)
+            yield
+        finally:
+            _unlock(descriptor)
+
+    def _live(self) -> bool:
+        """Be at work in this workspace until `release`, or until death. Returns whether nobody else is."""
+        descriptor = _open_lock(self.directory / "alive")
+        self._alive = weakref.finalize(self, _unlock, descriptor)
+        self._alive.atexit = False  # else a forked child of ours would give it back at its own exit
+        alone = _lock(descriptor, fcntl.LOCK_EX)
+        if not _lock(descriptor, fcntl.LOCK_SH):  # nobody else asks for it alone: we hold the other lock
+            raise OSError(errno.EWOULDBLOCK, "somebody keeps all jobs out of the workspace")
+        return alone
 
     def _forget_clean(self) -> None:
         """Without a mark, the workspace must at least not pass for clean, nor for never seen.
@@ -126,6 +197,14 @@ class DiskMark:
             return
 
     def _clear(self, stamp: str | None, reconcile_seconds: float | None) -> None:
+        with self._locked():
+            left = {job_id: at for job_id, at in self._jobs().items() if job_id not in self._settles}
+            if left:
+                self._write(left)
+            else:
+                self._write_clean(stamp, reconcile_seconds)
+
+    def _write_clean(self, stamp: str | None, reconcile_seconds: float | None) -> None:
         record = {
             "workspace": self._workspace,
             "stamp": stamp,
@@ -148,6 +227,36 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else {}
 
 
+def _told(jobs: dict[str, str], *, alone: bool) -> str:
+    if not jobs:
+        return ""
+    *older, last = jobs
+    more = f" (and {len(older)} more before it)" if older else ""
+    return f"job {last} {'left it behind at' if alone else 'may be at work here since'} {jobs[last]}{more}"
+
+
+def _open_lock(path: Path) -> int:
+    """A file to be locked. It is never removed: else two could hold a lock of the same name."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Take a lock, if it is free."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    """Closing would do, were there not a child between its fork and its exec."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
 @final
 class Stamper:
     """Reads a cheap stamp of a workspace: git's HEAD, index and status, else the newest time of change.
@@ -157,20 +266,36 @@ class Stamper:
         open_tree: starts git.
         env: git's environment.
         user: whom git runs as; `None` for us.
-        timeout: seconds.
+        timeout: seconds, for git, and again for a look at the files.
+        hurry: ends the stamp early; it is `None` then.
+        outlived: gets the processes of git's tree that could not be ended.
     """
 
     def __init__(
-        self, workspace: Path, open_tree: TreeOpener, env: dict[str, str], user: str | None, timeout: float
+        self,
+        workspace: Path,
+        open_tree: TreeOpener,
+        env: dict[str, str],
+        user: str | None,
+        timeout: float,
+        hurry: Hurry,
+        outlived: Callable[[tuple[Survivor, ...]], None] = lambda survivors: None,
     ) -> None:
         self._workspace = workspace
         self._open_tree = open_tree
         self._env = env
         self._user = user
         self._timeout = timeout
+        self._hurry = hurry
+        self._outlived = outlived
 
     async def __call__(self) -> str | None:
-        """The stamp; `None` where the workspace is too large to tell or cannot be read."""
+        """The stamp; `None` where the workspace is too large to tell or cannot be read, or nobody waits for it."""
+        with self._hurry.step(math.inf) as wait:  # who cannot wait for git cannot wait for the look in its place
+            stamp = await self._by_any()
+        return None if wait.cancelled_caught else stamp
+
+    async def _by_any(self) -> str | None:
         if any((parent / ".git").exists() for parent in (self._workspace, *self._workspace.parents)):
             stamp = await self._by_git()
             if stamp is not None:
@@ -184,7 +309,9 @@ class Stamper:
         return None
 
     async def _by_git(self) -> str | None:
-        # Nothing that the workspace configures may run or write: no optional locks, no file system monitor.
+        # git writes nothing (no optional locks), and runs neither hooks nor a file system monitor. It still runs a
+        # clean filter that the workspace's own git configuration names (`filter.*.clean`, `.process`): no option of
+        # git 2.39 turns that off. It runs in this tree, as the job's user, without keys, and is ended with the tree.
         git = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
         status = ("status", "--porcelain=v2", "--branch", "--untracked-files=all", "-z")
         paths = ("--", ".", f":(exclude){INDEX_DIRECTORY}")
@@ -195,13 +322,17 @@ class Stamper:
             if len(answer) <= STATUS_LIMIT:
                 answer.extend(chunk)
 
+        tree: Tree | None = None
         try:
-            async with self._open_tree("stamp", StopPolicy(((15, 1.0),)), Hurry()) as tree:
+            async with self._open_tree("stamp", StopPolicy(((15, 1.0),)), self._hurry) as tree:
                 child = await tree.spawn(command, stdout=collect)
                 with trio.move_on_after(self._timeout):
                     await child.wait()
         except SpawnError:
             return None  # no git here: the times of the files tell as well
+        finally:
+            if tree is not None:
+                self._outlived(tree.survivors)
         if child.status is None or not child.status.ok or len(answer) > STATUS_LIMIT:
             return None
         return await self._look(_git_stamp, self._workspace, bytes(answer))

@@ -215,17 +215,28 @@ class IndexDriver:
                 await self._settle()
             finally:
                 self._may_start.set()
+                self._mark.release()
                 if self._report is None:  # a bug is on its way up; nobody shall wait for ever
                     self._conclude(IndexStatus.FAILED, "the driver of the index failed")
 
     async def _level_a_stale_workspace(self) -> None:
         """Reconcile before the watch what an earlier job, or somebody else, left behind."""
-        stamp = await self._mark.stamp()
+        stamp: str | None = None  # so the workspace is stale: for a job that ends already, nothing is lost by that
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._when_stop_asked, nursery.cancel_scope.cancel)
+            stamp = await self._mark.stamp()
+            nursery.cancel_scope.cancel()
         why = self._marked_before or await self._mark.changed(stamp, assume_fresh=self._settings.assume_fresh)
         self._facts = self._facts.with_(level_before=not why)
         if why and self._settings.fallback_to_reconcile:
-            trouble = await self._reconcile(f"the index was stale: {why}", until=self._stop_asked, stamp=stamp)
+            trouble = await self._reconcile(
+                f"the index was stale: {why}", until=self._stop_asked, stamp=stamp, before_the_watch=True
+            )
             self._facts = self._facts.with_(level_before=not trouble)
+
+    async def _when_stop_asked(self, do: Callable[[], None]) -> None:
+        await self._stop_asked.wait()
+        do()
 
     async def _watch_until_stopped(self) -> None:
         """The watch, started again after crashes as long as the budget lasts."""
@@ -255,7 +266,8 @@ class IndexDriver:
 
     async def _answer_at_once(self) -> None:
         """The watch cannot start: the agent shall work on a fresh index all the same. Once is enough."""
-        if self._settings.fallback_to_reconcile and self._metrics.fallbacks == 0:
+        tried = self._metrics.levellings + self._metrics.fallbacks
+        if self._settings.fallback_to_reconcile and not tried:
             await self._reconcile(self._reason, until=self._stop_asked)
 
     async def _one_watch(self, *, first: bool) -> _Ended:
@@ -360,9 +372,11 @@ class IndexDriver:
         self._apply(What.STOP, "")
         began = trio.current_time()
         child.interrupt()
-        with self._hurry.step(self._settings.flush_timeout):
+        with self._hurry.step(self._settings.flush_timeout) as wait:
             await child.wait()
         self._metrics = evolve(self._metrics, flush_seconds=trio.current_time() - began)
+        if child.status is None and trio.current_time() < wait.deadline:
+            return What.EXITED, "the flush was cut short by a further cancel", _Ended.STOPPED
         if child.status is None:
             return What.EXITED, "the watch did not end when it was asked to flush", _Ended.STOPPED
         if not child.status.ok:
@@ -370,16 +384,26 @@ class IndexDriver:
         self._facts = self._facts.with_(flushed=True)
         return What.FLUSHED, "", _Ended.STOPPED
 
-    async def _reconcile(self, why: str, *, until: trio.Event | None = None, stamp: str | None = None) -> str:
+    async def _reconcile(
+        self,
+        why: str,
+        *,
+        until: trio.Event | None = None,
+        stamp: str | None = None,
+        before_the_watch: bool = False,
+    ) -> str:
         """`cidx index --reconcile`. Returns what speaks against it: empty if it may be believed.
 
         `until` gives it up, and so does a cancellation without `reconcile_on_cancel`.
         """
+        if self._is_unwanted(until):
+            return GIVEN_UP
         self._stamp = stamp or await self._mark.stamp()  # older than the reconcile, as for the flush
         if self._is_unwanted(until):
             return GIVEN_UP
         self._apply(What.RECONCILE, why)
-        self._metrics = evolve(self._metrics, fallbacks=self._metrics.fallbacks + 1)
+        count = "levellings" if before_the_watch else "fallbacks"
+        self._metrics = evolve(self._metrics, **{count: getattr(self._metrics, count) + 1})
         verdict = ReconcileVerdict()
         ear = _Ear(verdict.line)
         began = trio.current_time()
@@ -465,8 +489,10 @@ class IndexDriver:
         )
         if status in LEAVES_MARK:
             log.warning("the index is %s: %s", status.value, reason)
-        self._emit(IndexChanged(state=self.state.value, cause="end", status=status, reason=reason))
-        self._reported.set()
+        try:
+            self._emit(IndexChanged(state=self.state.value, cause="end", status=status, reason=reason))
+        finally:
+            self._reported.set()
 
     # --- small things -------------------------------------------------------------------------------------
 

@@ -6,22 +6,30 @@ import logging
 import math
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import final
+from typing import Any, TypeVar, final
 
+import attrs
 import trio
 from attrs import evolve
 
 from supervise.agents.protocol import Agent
+from supervise.errors import SpawnError, SpecError
 from supervise.events import AgentEvent, Event
 from supervise.model import AgentReport, FailureKind, JobSpec, Outcome, StopPolicy
 from supervise.processes.child import Tree, TreeOpener
 from supervise.processes.containment import Command
 from supervise.processes.hurry import Hurry
+from supervise.secrets import MASK
 from supervise.settings import AgentSettings
 
 log = logging.getLogger("supervise.job")
+
+#: How deep the payload of an event is masked; what is nested deeper is hidden whole.
+LEVELS = 100
+
+E = TypeVar("E", bound=AgentEvent)
 
 
 @final
@@ -60,7 +68,9 @@ class AgentSide:
         self._on_start = on_start
         self._clock = trio.CancelScope()
         self._report: AgentReport | None = None
+        self._in_process = True  # until it opens a tree
         self._returned = False
+        self._cancelled = False
         self._stopping = False
         self._timed_out = False
 
@@ -72,6 +82,7 @@ class AgentSide:
 
     def tree(self) -> AbstractAsyncContextManager[Tree]:
         """See `AgentRun.tree`."""
+        self._in_process = False
         return self._open_tree("agent", self._policy, self._hurry)
 
     def started(self, pid: int | None = None) -> None:
@@ -87,10 +98,12 @@ class AgentSide:
 
     def emit(self, event: AgentEvent) -> None:
         """See `AgentRun.emit`."""
-        self._emit(event)
+        self._emit(self._masked(event))
 
     def report(self, report: AgentReport) -> None:
         """See `AgentRun.report`."""
+        if not isinstance(report, AgentReport):
+            raise SpecError(f"an agent must report an AgentReport, not {type(report).__name__}")
         self._report = report
 
     # --- for the job --------------------------------------------------------------------------------------
@@ -100,15 +113,26 @@ class AgentSide:
         """The agent, as a child of the job's nursery. What it raises becomes its report."""
         self._wind_clock()  # again when it says that it has started; it may forget to
         try:
+            await self._run(agent)
+        except BaseException as error:  # SystemExit, say: it goes on up, and is told
+            other = BaseExceptionGroup("", [error]).split(trio.Cancelled)[1]
+            if other is not None:
+                self._raised(agent, other)
+            raise
+        finally:
+            self._timed_out = self._clock.cancel_called
+            self._cancelled = trio.current_effective_deadline() == -math.inf
+            self._hurry.forget()  # a cancel that found nothing to hurry here is not meant for the index
+            self.ended.set()
+
+    async def _run(self, agent: Agent) -> None:
+        try:
             with self._clock:
                 await trio.lowlevel.checkpoint()  # a job that is cancelled by now starts no agent
                 await agent.run(self)
                 self._returned = True
         except* Exception as errors:  # also beside a Cancelled, as out of a nursery of the agent's own
             self._raised(agent, errors)
-        finally:
-            self._timed_out = self._clock.cancel_called
-            self.ended.set()
 
     def stopping(self) -> None:
         """The job is being cancelled: from here on time does not count, unless it is up already."""
@@ -123,16 +147,42 @@ class AgentSide:
             cancelled: why the job was cancelled, should that be what ended it.
         """
         report = self._report or AgentReport()
-        if self._returned and self._report is None:
+        # Without a report, one that was stopped has only swallowed that.
+        if self._returned and self._report is None and not (self._timed_out or self._cancelled):
             error = "the agent ended without a report"
             return Outcome.FAILED, AgentReport(failure_kind=FailureKind.BAD_OUTPUT, error=error)
-        if self._returned:
-            return (Outcome.COMPLETED if report.failure_kind is None else Outcome.FAILED), report
+        if self._returned and self._report is not None:
+            if report.failure_kind is None:
+                return Outcome.COMPLETED, report
+            return Outcome.FAILED, evolve(report, error=report.error or f"the agent failed: {report.failure_kind}")
         if self._timed_out:
             if report.finished:  # it only lingered after its good last result
                 return Outcome.COMPLETED, _with(report, None)
             return Outcome.TIMED_OUT, _with(report, f"the agent did not end within {self.spec.timeout:g} s")
         return Outcome.CANCELLED, _with(report, f"cancelled: {cancelled}")
+
+    def _masked(self, event: E) -> E:
+        """What comes through a pipe is masked there; texts of the agent's own are masked here."""
+        changes: dict[str, Any] = {}
+        for attribute in attrs.fields(type(event)):
+            value = getattr(event, attribute.name)
+            if self._in_process or isinstance(value, str):
+                masked = self._mask_all(value, LEVELS)
+                if masked != value:
+                    changes[attribute.name] = masked
+        return evolve(event, **changes) if changes else event
+
+    def _mask_all(self, value: Any, levels: int) -> Any:
+        if isinstance(value, str):
+            return self._mask(value)
+        if not isinstance(value, Mapping | list | tuple):
+            return value
+        if levels == 0:
+            return MASK
+        if isinstance(value, Mapping):
+            return {self._mask_all(name, levels - 1): self._mask_all(item, levels - 1) for name, item in value.items()}
+        items = [self._mask_all(item, levels - 1) for item in value]
+        return items if isinstance(value, list) else tuple(items)
 
     def _wind_clock(self) -> None:
         if not self._stopping:
@@ -144,7 +194,8 @@ class AgentSide:
         stopped = self._clock.cancel_called or trio.current_effective_deadline() == -math.inf
         if not stopped:  # trouble on the way out does not change what the way out was
             text = f"the agent {agent.name!r} raised {type(error).__name__}: {error}"
-            self._report = AgentReport(failure_kind=FailureKind.AGENT_ERROR, error=text)
+            kind = FailureKind.SPAWN if isinstance(error, SpawnError) else FailureKind.AGENT_ERROR
+            self._report = AgentReport(failure_kind=kind, error=text)
             self._returned = True
 
     def failed(self, error: str) -> tuple[Outcome, AgentReport]:

@@ -53,7 +53,7 @@ class Subscription:
 
     Begins with the job's past (its last 1,024 events) and ends after `JobFinished`. A reader who falls more than
     1,024 events behind loses the oldest, and gets one `EventsDropped` in their place. Cancelling a wait for the
-    next event loses none.
+    next event loses none. One task at a time may wait; a second one gets `trio.BusyResourceError`.
     """
 
     def __init__(self, bus: Bus) -> None:
@@ -61,6 +61,7 @@ class Subscription:
         self._buffer: deque[Event] = deque()
         self._dropped = 0
         self._news = trio.Event()
+        self._busy = False
 
     async def __aenter__(self) -> Self:
         # No checkpoint: nothing can happen between this and the opening of the job.
@@ -78,6 +79,15 @@ class Subscription:
         return self
 
     async def __anext__(self) -> Event:
+        if self._busy:
+            raise trio.BusyResourceError("another task waits for this subscription; let each one subscribe")
+        self._busy = True
+        try:
+            return await self._next()
+        finally:
+            self._busy = False
+
+    async def _next(self) -> Event:
         await trio.lowlevel.checkpoint()
         while not self._buffer:
             if self._bus._closed:

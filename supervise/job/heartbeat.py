@@ -13,9 +13,13 @@ from supervise import durable
 from supervise.codec import event_to_json, to_line
 from supervise.events import Heartbeat, ProcessBeat
 from supervise.job.handle import Job
+from supervise.job.threads import in_thread
 from supervise.processes.child import ProcessTree
 
 log = logging.getLogger("supervise.job")
+
+#: The file, in the job's directory.
+HEARTBEAT = "heartbeat.json"
 
 
 class Pulse(Protocol):
@@ -40,7 +44,7 @@ async def beat(
                 heartbeat = _look(job, pulse, trees, trio.current_time() - began)
                 job._publish(heartbeat)
                 data = to_line({**event_to_json(heartbeat), "time": time.time(), "job_id": job.job_id})
-                await trio.to_thread.run_sync(_write, directory / "heartbeat.json", data)
+                await in_thread(_write, directory / HEARTBEAT, data)
             except OSError as error:
                 log.warning("job %s: its heartbeat failed: %s", job.job_id, error.strerror)
             await trio.sleep(interval)

@@ -39,8 +39,9 @@ from supervise.job.agent_side import AgentSide, plain, told
 from supervise.job.environment import agent_environment, index_environment
 from supervise.job.handle import Job, JobState
 from supervise.job.heartbeat import beat
-from supervise.job.turns import Turn
-from supervise.model import FailureKind, IndexReport, IndexStatus, JobResult, Outcome, StopPolicy, Survivor
+from supervise.job.threads import in_thread
+from supervise.job.turns import JobTurn
+from supervise.model import FailureKind, IndexReport, IndexStatus, JobResult, JobSpec, Outcome, StopPolicy, Survivor
 from supervise.processes.child import ProcessTree, TreeOptions, open_tree
 from supervise.processes.containment import Command
 from supervise.processes.hurry import Hurry
@@ -54,11 +55,14 @@ log = logging.getLogger("supervise.job")
 #: Shorter values of secret-like names that no child is given are not masked.
 LONG_ENOUGH = 8
 
+#: The file, in the job's directory.
+RESULT = "result.json"
+
 BY_SCOPE = "the caller's scope was cancelled"
 
 
 @trio.lowlevel.enable_ki_protection
-async def run(job: Job, settings: Settings, directory: Path, turn: Turn) -> None:
+async def run(job: Job, settings: Settings, directory: Path, turn: JobTurn, *, with_index: bool) -> None:
     """Run a job to its end. Its result is in `job` and in `directory` on every road out.
 
     Args:
@@ -66,9 +70,10 @@ async def run(job: Job, settings: Settings, directory: Path, turn: Turn) -> None
         settings: all bounds.
         directory: the job's own, for logs, heartbeat and result.
         turn: to begin; it is ended here.
+        with_index: as `wants_index` said when the turn was asked for.
 
-    A cancellation of the caller's scope runs the bounded teardown, and propagates. Nothing else is raised: what
-    goes wrong is in the result.
+    A cancellation of the caller's scope runs the bounded teardown, and propagates. What else goes wrong is in the
+    result, and only what is no `Exception` is raised, too.
     """
     began, clock = time.time(), trio.current_time()
     parts: Parts | None = None
@@ -77,7 +82,7 @@ async def run(job: Job, settings: Settings, directory: Path, turn: Turn) -> None
         with job._scope:
             await turn.comes()
             began, clock = time.time(), trio.current_time()
-            parts = Parts(job, settings, directory)
+            parts = Parts(job, settings, directory, with_index=with_index)
             await live(job, parts)
     except* Exception as errors:
         bug = _bug(job, parts, errors)
@@ -85,8 +90,8 @@ async def run(job: Job, settings: Settings, directory: Path, turn: Turn) -> None
         result = _result(job, parts, bug, began, trio.current_time() - clock)
         with trio.CancelScope(shield=True):
             if parts is not None:
-                await trio.to_thread.run_sync(parts.logs.close)
-            await _write(directory / "result.json", result)
+                await in_thread(parts.logs.close)
+            await _write(directory / RESULT, result)
         turn.end()
         job._finish(result)
 
@@ -130,7 +135,7 @@ async def live(job: Job, parts: Parts) -> None:
 class Parts:
     """What a job is put together from: agent, index, and what they share."""
 
-    def __init__(self, job: Job, settings: Settings, directory: Path) -> None:
+    def __init__(self, job: Job, settings: Settings, directory: Path, *, with_index: bool) -> None:
         spec = job.spec
         self.settings = settings
         self.directory = directory
@@ -139,7 +144,7 @@ class Parts:
         self._job = job
         self._index_report = IndexReport()
         self._agent_survivors: tuple[Survivor, ...] = ()
-        index_settings = settings.index if spec.index == "settings" else spec.index
+        index_settings = _index_settings(settings, spec)
         index_env = index_environment(os.environ, index_settings or settings.index, spec.user)
         agent_env = agent_environment(os.environ, settings.agent, spec)
         # Of ours, too: what no child is given, a child of our user can still read in /proc, and print. But a short
@@ -168,7 +173,7 @@ class Parts:
         )
         self.startup_timeout = index_settings.startup_timeout if index_settings else 0.0
         self.index: Index = NoIndex()
-        if index_settings is not None and _wants_index(index_settings, spec.workspace):
+        if index_settings is not None and with_index:
             self.index = self._index(index_settings, index_env)
 
     def introduction(self) -> JobStarted:
@@ -232,7 +237,7 @@ class Parts:
             exit_code=report.exit.code if report.exit else None,
             signal=report.exit.signal if report.exit else None,
             text=mask(report.text),
-            session_id=report.session_id,
+            session_id=None if report.session_id is None else mask(report.session_id),
             usage=report.usage,
             cost_usd=report.cost_usd,
             num_turns=report.num_turns,
@@ -242,11 +247,11 @@ class Parts:
             stderr_tail=mask(report.stderr_tail),
             survivors=survivors,
             duration_seconds=seconds,
-            error=None if report.error is None else mask(report.error),
+            error=None if report.error is None else _one_line(mask(report.error)),
             reset_at=report.reset_at,
             started_at=began,
             ended_at=time.time(),
-            labels=self._job.spec.labels,
+            labels={mask(name): mask(text) for name, text in self._job.spec.labels.items()},
         )
 
     def _index(self, settings: IndexSettings, env: dict[str, str]) -> IndexDriver:
@@ -257,17 +262,23 @@ class Parts:
 
         # git reads the workspace only: it gets no key.
         git_env = {name: value for name, value in env.items() if name in ("PATH", "HOME")}
-        stamper = Stamper(spec.workspace, self.open_tree, git_env, spec.user, settings.command_timeout)
-        return IndexDriver(
+
+        def outlived(survivors: tuple[Survivor, ...]) -> None:
+            driver.survivors += survivors
+
+        hurry = self._job._hurry
+        stamper = Stamper(spec.workspace, self.open_tree, git_env, spec.user, settings.command_timeout, hurry, outlived)
+        driver = IndexDriver(
             tool=Cidx(settings.command),
             settings=settings,
             command=command,
             open_tree=self.open_tree,
             mark=DiskMark(self.settings.state_dir, spec.workspace, stamper),
             emit=self._emit,
-            hurry=self._job._hurry,
+            hurry=hurry,
             kill_wait=self.settings.kill_wait,
         )
+        return driver
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, IndexChanged):
@@ -280,10 +291,20 @@ class Parts:
         self._job._spawned.set()
 
 
-def _wants_index(settings: IndexSettings, workspace: Path) -> bool:
-    if settings.mode == "auto":
-        return os.path.isdir(workspace / INDEX_DIRECTORY)
-    return settings.mode == "cidx"
+def wants_index(settings: Settings, spec: JobSpec) -> bool:
+    """Whether a job of this spec has an index; `auto` asks the workspace."""
+    index = _index_settings(settings, spec)
+    if index is None or index.mode == "none":
+        return False
+    return index.mode == "cidx" or os.path.isdir(spec.workspace / INDEX_DIRECTORY)
+
+
+def _index_settings(settings: Settings, spec: JobSpec) -> IndexSettings | None:
+    return settings.index if spec.index == "settings" else spec.index
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
 
 
 def _bug(job: Job, parts: Parts | None, error: BaseException) -> str:
@@ -291,7 +312,7 @@ def _bug(job: Job, parts: Parts | None, error: BaseException) -> str:
     error = plain(error)
     masker = parts.masker if parts else Masker(secret_values(os.environ))
     log.error("job %s: a bug in supervise\n%s", job.job_id, masker.text(told(error)))
-    return masker.text(f"a bug in supervise: {type(error).__name__}: {error}")
+    return _one_line(masker.text(f"a bug in supervise: {type(error).__name__}: {error}"))
 
 
 def _result(job: Job, parts: Parts | None, bug: str | None, began: float, seconds: float) -> JobResult:
@@ -316,7 +337,7 @@ def _result(job: Job, parts: Parts | None, bug: str | None, began: float, second
 async def _write(path: Path, result: JobResult) -> None:
     try:
         data = to_line({"type": "result", **to_json(result)})
-        await trio.to_thread.run_sync(lambda: durable.replace(path, data, durable=True))
+        await in_thread(lambda: durable.replace(path, data, durable=True))
     except OSError as error:
         log.error("the result of job %s could not be written to %s: %s", result.job_id, path, error.strerror)
     except Exception as error:  # an agent's report may hold what no JSON can

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import final
 import trio
 
 from supervise import durable
-from supervise.errors import SettingsError, SpecError
+from supervise.errors import SettingsError, SpecError, SuperviseError
 from supervise.job import nursery as job_nursery
+from supervise.job.agent_side import plain
 from supervise.job.handle import Job
-from supervise.job.turns import Turn, Turns
+from supervise.job.heartbeat import HEARTBEAT
+from supervise.job.threads import in_thread
+from supervise.job.turns import JobTurn, JobTurns
 from supervise.model import JobResult, JobSpec
 from supervise.processes.session import require_platform
 from supervise.settings import Settings
@@ -23,12 +27,16 @@ __all__ = ["Supervisor", "open_job", "open_supervisor", "run_job"]
 
 @final
 class Supervisor:
-    """Runs jobs, at most so many at a time. Made by `open_supervisor`."""
+    """Runs jobs, at most so many at a time. Made by `open_supervisor`.
+
+    Of jobs with an index, one at a time runs in each workspace; the next one waits for its end.
+    """
 
     def __init__(self, nursery: trio.Nursery, settings: Settings, max_concurrent: int) -> None:
         self.settings = settings
         self._nursery = nursery
-        self._turns = Turns(max_concurrent)
+        self._turns = JobTurns(max_concurrent)
+        self._closed = False
         self._jobs: dict[str, Job] = {}
 
     @property
@@ -48,6 +56,7 @@ class Supervisor:
         Raises:
             SpecError: a job of this id is running.
             SettingsError: the state directory cannot be written.
+            SuperviseError: the supervisor's block was left.
 
         Cancelling cancels the job, and waits for its teardown.
         """
@@ -79,22 +88,28 @@ class Supervisor:
             raise
 
     def _launch(self, spec: JobSpec) -> Job:
+        if self._closed:
+            raise SuperviseError(f"job {spec.job_id} cannot start: the block of its supervisor was left; open another")
         if spec.job_id in self._jobs:
             raise SpecError(f"JobSpec.job_id is {spec.job_id!r}, but a job of this id is running; choose another")
         directory = self.settings.state_dir / "jobs" / spec.job_id
         try:
             durable.make_private(directory)
+            for name in (job_nursery.RESULT, HEARTBEAT):  # of an earlier job of this id
+                (directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.settings, error) from error
         job = Job(spec)
         self._jobs[spec.job_id] = job
-        self._nursery.start_soon(self._run, job, directory, self._turns.ask(), name=f"supervise job {spec.job_id}")
+        with_index = job_nursery.wants_index(self.settings, spec)
+        turn = self._turns.ask(os.path.realpath(spec.workspace) if with_index else None)
+        self._nursery.start_soon(self._run, job, directory, turn, with_index, name=f"supervise job {spec.job_id}")
         return job
 
     @trio.lowlevel.enable_ki_protection
-    async def _run(self, job: Job, directory: Path, turn: Turn) -> None:
+    async def _run(self, job: Job, directory: Path, turn: JobTurn, with_index: bool) -> None:
         try:
-            await job_nursery.run(job, self.settings, directory, turn)
+            await job_nursery.run(job, self.settings, directory, turn, with_index=with_index)
         finally:
             del self._jobs[job.job_id]
 
@@ -116,14 +131,17 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
         UnsupportedPlatform: this system cannot own a tree of processes.
 
     Leaving the block waits for the jobs. An exception in the block, or a cancellation, cancels them, waits for
-    their teardown, and leaves unwrapped. A further Ctrl-C goes to the next step of the stop policy.
+    their teardown, and leaves unwrapped.
+
+    A second Ctrl-C goes to the next step of the stop policy where the block is in Trio's main task. Elsewhere, catch
+    SIGINT yourself (`trio.open_signal_receiver`) and call `job.cancel()` again.
     """
     if not isinstance(max_concurrent, int) or max_concurrent < 1:
         raise SpecError(f"max_concurrent is {max_concurrent!r}, but must be a whole number, 1 or more")
     require_platform()
     settings = settings or Settings()
     try:
-        await trio.to_thread.run_sync(durable.make_private, settings.state_dir)
+        await in_thread(lambda: settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True))
     except OSError as error:
         raise _unwritable(settings, error) from error
     failure: BaseException | None = None
@@ -136,11 +154,17 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
                     await job._done.wait()
             except BaseException as error:  # raised below, so that the nursery does not wrap it
                 failure = error
+                supervisor._closed = True
                 _abandon(supervisor.jobs, error)
                 await _outlast(supervisor.jobs)
+            finally:
+                supervisor._closed = True
     except BaseExceptionGroup as group:
         # That the jobs' tasks were cancelled, too, is no news beside the block's own exception.
-        if failure is None or group.split(trio.Cancelled)[1] is not None:
+        other = group.split(trio.Cancelled)[1]
+        if other is not None:  # an agent's SystemExit, say
+            raise plain(other) from None
+        if failure is None:
             raise
     if failure is not None:
         raise failure
@@ -193,6 +217,9 @@ async def run_job(
 
     When the caller's scope is cancelled, the bounded teardown runs, `job.result_nowait()` and the state directory
     hold the result, and `trio.Cancelled` propagates.
+
+    A second Ctrl-C goes to the next step of the stop policy where this runs in Trio's main task. In another task,
+    catch SIGINT yourself (`trio.open_signal_receiver`) and call `job.cancel()` again.
     """
     async with open_job(spec, settings=settings) as job:
         await job.spawned()

@@ -1,4 +1,4 @@
-"""So many places for jobs; who asked first gets one first."""
+"""So many places for jobs; who asked first gets one first. And of jobs with an index, one in each workspace."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Turns:
     """
 
     def __init__(self, places: int) -> None:
+        self._places = places
         self._free = places
         self._waiting: deque[Turn] = deque()
 
@@ -25,6 +26,11 @@ class Turns:
         self._waiting.append(turn)
         self._admit()
         return turn
+
+    @property
+    def unused(self) -> bool:
+        """Nobody has a place, or waits for one."""
+        return self._free == self._places and not self._waiting
 
     def _admit(self) -> None:
         while self._free and self._waiting:
@@ -47,6 +53,11 @@ class Turn:
         self._turns = turns
         self._came = trio.Event()
 
+    @property
+    def came(self) -> bool:
+        """Whether the place is there."""
+        return self._came.is_set()
+
     async def comes(self) -> None:
         """Wait for the place. Cancelling ends the wait only."""
         await self._came.wait()
@@ -54,3 +65,48 @@ class Turn:
     def end(self) -> None:
         """Give the place back, or leave the line. Call once."""
         self._turns._end(self)
+
+
+@final
+class JobTurns:
+    """Hands out places for jobs.
+
+    A job with an index first waits for its workspace: two watches of one index, or a reconcile beside a watch, would
+    harm it. It waits without a place, so that it keeps no other job from one.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places = Turns(places)
+        self._workspaces: dict[str, Turns] = {}
+
+    def ask(self, workspace: str | None) -> JobTurn:
+        """Get in line, of this workspace first. To be ended in any case."""
+        return JobTurn(self, workspace)
+
+
+@final
+class JobTurn:
+    """One job that has asked."""
+
+    def __init__(self, turns: JobTurns, workspace: str | None) -> None:
+        self._turns = turns
+        self._workspace = workspace
+        self._alone = None if workspace is None else turns._workspaces.setdefault(workspace, Turns(1)).ask()
+        #: In line at once where it can be: the order of asking is kept.
+        self._place = turns._places.ask() if self._alone is None or self._alone.came else None
+
+    async def comes(self) -> None:
+        """Wait for workspace and place. Cancelling ends the wait only."""
+        if self._alone is not None:
+            await self._alone.comes()
+        self._place = self._place or self._turns._places.ask()
+        await self._place.comes()
+
+    def end(self) -> None:
+        """Give back what it has, or leave the line. Call once."""
+        if self._place is not None:
+            self._place.end()
+        if self._workspace is not None and self._alone is not None:
+            self._alone.end()
+            if self._turns._workspaces[self._workspace].unused:
+                del self._turns._workspaces[self._workspace]

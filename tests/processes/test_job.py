@@ -30,6 +30,7 @@ from supervise import (
     JobResult,
     JobSpec,
     JobState,
+    MockAgent,
     Outcome,
     Settings,
 )
@@ -636,6 +637,38 @@ async def test_without_an_indexer_the_job_runs_and_the_mark_stays(world: World) 
         result, _ = await world.events(world.settings(command="no-such-cidx-here"))
     assert final(result, world) == (Outcome.COMPLETED, IndexStatus.FAILED, True)
     assert "no-such-cidx-here" in result.index.reason
+
+
+async def test_jobs_with_an_index_wait_for_their_workspace(world: World) -> None:
+    link = world.tmp / "link"
+    link.symlink_to(world.workspace)
+    go_on = trio.Event()
+    world.cidx.plan(watch=[{"out": ["ERROR no good"]}, {}], reconcile={"seconds": 0.2})
+    with trio.fail_after(LIMIT):
+        async with supervise.open_supervisor(max_concurrent=2, settings=world.settings()) as sup:
+            first = await sup.start(world.spec(agent=MockAgent(steps=(lambda run: go_on.wait(),))))
+            async with (
+                sup.open_job(world.spec(agent=MockAgent(), workspace=link)) as second,
+                sup.open_job(world.spec(agent=MockAgent())) as third,
+            ):
+                # There are two places; those who wait for the workspace keep none.
+                without = await sup.run(world.spec(agent=MockAgent(), index=None))
+                assert (without.outcome, without.index.status) == (Outcome.COMPLETED, IndexStatus.NONE)
+                assert first.state is JobState.RUNNING
+                assert second.state is third.state is JobState.QUEUED
+                third.cancel()
+                assert (await third.result()).outcome is Outcome.CANCELLED
+                assert second.state is JobState.QUEUED
+                go_on.set()
+        assert sup._turns._workspaces == {}
+        assert sup._turns._places.unused
+    assert final(first.result_nowait(), world) == (Outcome.COMPLETED, IndexStatus.READY_VIA_FALLBACK, False)
+    assert second.result_nowait().index.status is IndexStatus.WATCH_TERMINATED
+    told = [what for what in world.cidx.order() if what.endswith((" begin", " end"))]
+    assert told[:4] == ["watch begin", "watch end", "reconcile begin", "reconcile end"]
+    assert told[-2:] == ["watch begin", "watch end"]
+    for begin, end in zip(told[::2], told[1::2], strict=True):  # one after the other
+        assert (begin.removesuffix("begin"), begin[-5:]) == (end.removesuffix("end"), "begin")
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from supervise import durable
+from supervise.index import stale
 from supervise.index.stale import DiskMark, Stamper
+from supervise.model import StopPolicy, Survivor
 from supervise.processes.child import TreeOptions, open_tree
+from supervise.processes.hurry import Hurry
+from tests.index_fakes import Act, FakeTrees, World
 from tests.processes.conftest import Leaks
 
 GIT = shutil.which("git")
@@ -58,7 +67,7 @@ def look(leaks: Leaks, tmp_path: Path) -> Look:
     async def stamp(workspace: Path) -> str | None:
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SUPERVISE_TEST_TOKEN": leaks.token}
         opener = partial(open_tree, options=TreeOptions(mark="stale"), emit=lambda event: None)
-        return await Stamper(workspace, opener, environment, None, 20.0)()
+        return await Stamper(workspace, opener, environment, None, 20.0, Hurry())()
 
     return stamp
 
@@ -215,7 +224,7 @@ async def test_an_edit_in_a_repository_within_is_seen(workspace: Path, look: Loo
 
 
 @in_git
-async def test_nothing_that_the_workspace_configures_is_run(workspace: Path, look: Look) -> None:
+async def test_neither_hooks_nor_a_file_system_monitor_of_the_workspace_are_run(workspace: Path, look: Look) -> None:
     trap = workspace.parent.parent / "trap"
     trap.write_text(f"#!/bin/sh\ntouch '{trap}.sprung'\n")
     trap.chmod(0o755)
@@ -228,7 +237,8 @@ async def test_nothing_that_the_workspace_configures_is_run(workspace: Path, loo
 
 async def test_without_git_the_times_tell(workspace: Path, leaks: Leaks) -> None:
     opener = partial(open_tree, options=TreeOptions(mark="stale"), emit=lambda event: None)
-    stamp = Stamper(workspace, opener, {"PATH": "/nonexistent", "SUPERVISE_TEST_TOKEN": leaks.token}, None, 20.0)
+    environment = {"PATH": "/nonexistent", "SUPERVISE_TEST_TOKEN": leaks.token}
+    stamp = Stamper(workspace, opener, environment, None, 20.0, Hurry())
     before = await stamp()
     assert before is not None
     assert before.startswith("times:")
@@ -241,15 +251,60 @@ async def test_without_git_the_times_tell(workspace: Path, leaks: Leaks) -> None
 async def test_a_git_that_hangs_or_dies_costs_its_timeout_and_no_more(
     workspace: Path, leaks: Leaks, tmp_path: Path, habit: str
 ) -> None:
+    stamp = await with_a_git(workspace, leaks, tmp_path, habit, timeout=0.3)()
+    assert stamp is not None
+    assert stamp.startswith("times:")
+
+
+def with_a_git(
+    workspace: Path, leaks: Leaks, tmp_path: Path, habit: str, *, timeout: float, hurry: Hurry | None = None
+) -> Stamper:
+    """A stamper whose git is a script."""
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / "git"
     fake.write_text(f"#!/bin/sh\n{habit}\n")
     fake.chmod(0o755)
-    path = f"{fake.parent}:{os.environ['PATH']}"
+    environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "SUPERVISE_TEST_TOKEN": leaks.token}
     opener = partial(open_tree, options=TreeOptions(mark="stale"), emit=lambda event: None)
-    stamp = await Stamper(workspace, opener, {"PATH": path, "SUPERVISE_TEST_TOKEN": leaks.token}, None, 0.3)()
-    assert stamp is not None
-    assert stamp.startswith("times:")
+    return Stamper(workspace, opener, environment, None, timeout, hurry or Hurry())
+
+
+@in_git
+async def test_a_further_cancel_ends_the_wait_for_a_git_that_hangs(
+    workspace: Path, leaks: Leaks, tmp_path: Path
+) -> None:
+    hurry = Hurry()
+    begun = tmp_path / "begun"
+    stamp = with_a_git(workspace, leaks, tmp_path, f"touch '{begun}'; exec sleep 600", timeout=600.0, hurry=hurry)
+    told: list[str | None] = []
+
+    async def look() -> None:
+        told.append(await stamp())
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            while not begun.exists():
+                await trio.sleep(0.01)
+            hurry.next()
+    assert told == [None]
+
+
+@in_git
+async def test_what_outlives_the_stamp_is_told(workspace: Path) -> None:
+    world = World()
+    trees = FakeTrees({"--no-optional-locks": [Act(ends=0.0)]}, world)
+    left = Survivor(4711, 0.0, "filter", "stamp", "immortal")
+    told: list[Survivor] = []
+
+    @asynccontextmanager
+    async def opener(role: str, policy: StopPolicy, hurry: Hurry) -> AsyncIterator[Any]:
+        async with trees(role, policy, hurry) as tree:
+            yield tree
+        tree.survivors = (left,)
+
+    await Stamper(workspace, opener, {}, None, 20.0, Hurry(), told.extend)()
+    assert told == [left]
 
 
 async def test_a_workspace_that_is_gone_cannot_be_told(look: Look, tmp_path: Path) -> None:
@@ -300,7 +355,145 @@ async def test_a_mark_survives_and_names_its_job(workspace: Path, look: Look) ->
     await mark_of(workspace, look).set("j1")
     why = await mark_of(workspace, look).set("j2")
     assert why.startswith("job j1 left it behind at 20")
-    assert (await mark_of(workspace, look).set("j3")).startswith("job j2 ")
+    why = await mark_of(workspace, look).set("j3")
+    assert why.startswith("job j2 left it behind at 20")
+    assert why.endswith("(and 1 more before it)")
+
+
+def named_on(mark: DiskMark) -> list[str]:
+    """The jobs that the mark on the disk stands for."""
+    file = mark.directory / "stale.json"
+    return list(json.loads(file.read_bytes())["jobs"]) if file.exists() else []
+
+
+async def test_a_clean_end_settles_what_dead_jobs_had_left(workspace: Path, look: Look) -> None:
+    await mark_of(workspace, look).set("j1")
+    failed = mark_of(workspace, look)
+    await failed.set("j2")
+    failed.release()  # it ended, and not clean
+    mark = mark_of(workspace, look)
+    await mark.set("j3")
+    assert named_on(mark) == ["j1", "j2", "j3"]
+    await mark.clear(await mark.stamp(), None)
+    assert named_on(mark) == []
+    assert (mark.directory / "clean.json").exists()
+
+
+@pytest.mark.parametrize("first_to_end", ["long", "short"])
+@pytest.mark.parametrize("leftover", [False, True])
+async def test_of_two_jobs_at_once_the_first_to_end_leaves_the_mark_to_the_other(
+    workspace: Path, look: Look, first_to_end: str, leftover: bool
+) -> None:
+    if leftover:
+        await mark_of(workspace, look).set("j0")
+    one, two = mark_of(workspace, look), mark_of(workspace, look)
+    await one.set("long")
+    assert (await two.set("short")).startswith("job long may be at work here since 20")
+    early, late = (one, two) if first_to_end == "long" else (two, one)
+    await early.clear(await early.stamp(), 1.0)
+    early.release()
+    assert set(named_on(late)) - {"j0"} == {"long", "short"} - {first_to_end}
+    assert not (late.directory / "clean.json").exists()
+    await late.clear(await late.stamp(), 1.0)
+    late.release()
+    assert not named_on(late)
+    assert (late.directory / "clean.json").exists()
+    assert await mark_of(workspace, look).set("next") == ""
+
+
+async def test_a_job_that_fails_beside_another_leaves_its_mark_to_the_next(workspace: Path, look: Look) -> None:
+    one, two = mark_of(workspace, look), mark_of(workspace, look)
+    await one.set("long")
+    await two.set("short")
+    one.release()
+    await two.clear(await two.stamp(), None)
+    two.release()
+    assert named_on(two) == ["long"]
+    third = mark_of(workspace, look)
+    assert (await third.set("third")).startswith("job long left it behind at 20")
+    await third.clear(await third.stamp(), None)
+    assert named_on(third) == []
+
+
+async def test_a_job_of_another_process_that_lives_keeps_its_mark_until_it_dies(workspace: Path, look: Look) -> None:
+    code = (
+        "import sys, trio\nfrom pathlib import Path\nfrom supervise.index.stale import DiskMark\n"
+        "mark = DiskMark(Path(sys.argv[1]), Path(sys.argv[2]), None)\n"
+        "trio.run(mark.set, 'other')\nprint(flush=True)\nsys.stdin.read()\n"
+    )
+    state = workspace.parent.parent / "state"
+    command = [sys.executable, "-c", code, str(state), str(workspace)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        mark = mark_of(workspace, look)
+        await mark.set("j1")
+        await mark.clear(await mark.stamp(), None)
+        mark.release()
+        assert named_on(mark) == ["other"]
+        other.kill()
+    assert (await mark.set("j2")).startswith("job other left it behind")
+    await mark.clear(await mark.stamp(), None)
+    assert named_on(mark) == []
+
+
+async def test_a_mark_of_an_older_version_is_a_leftover(workspace: Path, look: Look) -> None:
+    mark = mark_of(workspace, look)
+    mark.directory.mkdir(parents=True)
+    (mark.directory / "stale.json").write_text('{"workspace":"/w","job_id":"old","time":"2026-01-01"}')
+    assert await mark.set("j1") == "job old left it behind at 2026-01-01"
+    assert named_on(mark) == ["old", "j1"]
+    await mark.clear(await mark.stamp(), None)
+    assert named_on(mark) == []
+
+
+async def test_a_mark_does_not_grow_for_ever(workspace: Path, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stale, "MOST_JOBS", 3)
+    for number in range(6):
+        mark = mark_of(workspace, look)
+        await mark.set(f"j{number}")
+    assert named_on(mark) == ["j3", "j4", "j5"]
+
+
+async def test_many_jobs_at_once_lose_no_name(workspace: Path, look: Look) -> None:
+    marks = [mark_of(workspace, look) for _ in range(8)]
+    async with trio.open_nursery() as nursery:
+        for number, mark in enumerate(marks):
+            nursery.start_soon(mark.set, f"j{number}")
+    assert sorted(named_on(marks[0])) == [f"j{number}" for number in range(8)]
+    stamp = await marks[0].stamp()
+    async with trio.open_nursery() as nursery:
+        for mark in marks[1:]:
+            nursery.start_soon(mark.clear, stamp, None)
+    assert named_on(marks[0]) == ["j0"]
+
+
+async def test_a_lock_that_nobody_gives_back_is_trouble(
+    workspace: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stale, "LOCK_PATIENCE", 0.1)
+    mark = mark_of(workspace, look)
+    await mark.set("j1")
+    descriptor = os.open(mark.directory / "lock", os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another job held its lock"):
+            await mark.clear(await mark.stamp(), None)
+        with pytest.raises(OSError, match="another job held its lock"):
+            await mark_of(workspace, look).set("j2")
+    finally:
+        os.close(descriptor)
+    assert named_on(mark) == ["j1"]
+    mark.release()
+
+
+@pytest.mark.parametrize("name", ["lock", "alive"])
+async def test_a_lock_that_is_a_link_is_trouble(workspace: Path, look: Look, name: str) -> None:
+    mark = mark_of(workspace, look)
+    mark.directory.mkdir(parents=True)
+    (mark.directory / name).symlink_to(workspace / "kept.py")
+    with pytest.raises(OSError):
+        await mark.set("j1")
 
 
 async def test_a_mark_survives_a_kill(workspace: Path, look: Look) -> None:
@@ -373,6 +566,7 @@ async def test_a_crash_while_the_mark_is_cleared_leaves_it(
     with pytest.raises(OSError):
         await mark.clear(await mark.stamp(), None)
     monkeypatch.undo()
+    mark.release()
     assert (await mark_of(workspace, look).set("j2")).startswith("job j1 left it behind")
 
 
@@ -410,7 +604,7 @@ async def test_a_full_disk(workspace: Path, look: Look, monkeypatch: pytest.Monk
 
     mark = await clean_then(workspace, look, lambda directory: monkeypatch.setattr(durable, "replace", full))
     assert await mark.changed(await mark.stamp(), assume_fresh=True)
-    assert [path.name for path in mark.directory.iterdir()] == ["clean.json"]
+    assert sorted(path.name for path in mark.directory.iterdir()) == ["alive", "clean.json", "lock"]
 
 
 async def test_a_file_in_place_of_the_state_directory(workspace: Path, look: Look) -> None:
@@ -429,17 +623,16 @@ async def test_a_directory_that_may_not_be_written(workspace: Path, look: Look) 
         "import os, sys\nfrom pathlib import Path\nfrom supervise.index.stale import DiskMark\n"
         "if os.getuid() == 0:\n    os.setgroups([])\n    os.setresgid(65534, 65534, 65534)\n"
         "    os.setresuid(65534, 65534, 65534)\n"
-        "mark = object.__new__(DiskMark)\n"
-        "mark.directory = Path(sys.argv[1])\nmark._workspace = '/w'\n"
-        "mark._stale, mark._clean = mark.directory / 'stale.json', mark.directory / 'clean.json'\n"
+        "mark = DiskMark(Path(sys.argv[1]), Path(sys.argv[2]), None)\n"
         "try:\n    mark._set('j2')\nexcept PermissionError:\n    sys.exit(7)\n"
     )
     if os.getuid() == 0:
-        for path in (mark.directory, mark.directory / "clean.json"):
+        for path in (mark.directory, *mark.directory.iterdir()):
             os.chown(path, 65534, 65534)
         _open_the_way(mark.directory.parent)
     try:
-        result = subprocess.run([sys.executable, "-c", code, str(mark.directory)], capture_output=True, text=True)
+        command = [sys.executable, "-c", code, str(mark.directory.parent.parent), str(workspace)]
+        result = subprocess.run(command, capture_output=True, text=True)
     finally:
         mark.directory.chmod(0o700)
     assert result.returncode == 7, result.stderr

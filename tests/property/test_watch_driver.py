@@ -430,11 +430,13 @@ def check_reconciles(run: Drive, scene: Scene) -> None:
     early, final = run.reconciles(after_agent=False), run.reconciles(after_agent=True)
     assert len(early) <= 1
     assert len(final) <= 1
-    assert run.report.metrics.fallbacks == len(reconciles)
+    metrics = run.report.metrics
+    assert metrics.levellings + metrics.fallbacks == len(reconciles)
     if reconciles:
         assert wants.fallback_to_reconcile
     due = is_stale_before(scene) and wants.fallback_to_reconcile and scene.stamp < run.stop_asked
     assert due == (run.trees.order[:1] == ["index"] and bool(early)), "before the watch, if stale; and only then"
+    assert metrics.levellings == due
     if early and not due:
         lives = [life for life in run.trees.named("watch") if life.ended <= early[0].began]
         assert not any(said(life, Line.READY) for life in lives), "at once, if the watch did not come up"

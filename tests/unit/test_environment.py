@@ -8,8 +8,6 @@ import pwd
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from supervise import AgentSettings, IndexSettings, JobSpec, Secret
 from supervise.job.environment import agent_environment, index_environment
 
@@ -121,9 +119,8 @@ def test_what_is_asked_for_comes_before_another_users_own() -> None:
     assert (env["TMPDIR"], env["HOME"]) == ("/var/tmp", "/elsewhere")
 
 
-@pytest.mark.parametrize("user", ["no-such-user-here", "a\0b", "\udcff"])
-def test_a_user_that_is_none_is_left_to_the_spawn(user: str) -> None:
-    env = agent_environment(OURS, AgentSettings(), spec(user=user))
+def test_a_user_that_is_none_is_left_to_the_spawn() -> None:
+    env = agent_environment(OURS, AgentSettings(), spec(user="no-such-user-here"))
     assert env["HOME"] == "/home/me"
     assert not NOT_ANOTHERS & env.keys()
 

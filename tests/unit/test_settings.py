@@ -531,3 +531,23 @@ def test_without_typed_settings_the_extra_is_named(home: Path, monkeypatch: pyte
         load(home)
     assert issubclass(MissingExtra, SuperviseError)
     assert Settings().kill_wait == 5.0  # the values themselves need nothing
+
+
+def test_a_type_checker_allows_what_the_converters_do() -> None:
+    api = pytest.importorskip("mypy.api")
+    program = """
+from supervise import AgentReport, AgentSettings, IndexSettings, Settings
+from supervise.settings import HttpSettings, WorkerSettings
+AgentSettings(command="x", pass_env=["A"])
+IndexSettings(command="cidx", voyage_api_key="x")
+Settings(state_dir="/tmp/x", http=HttpSettings(token="x"))
+WorkerSettings(root="/x", workspaces=["/x"], lock_file=None)
+AgentReport(failure_kind="auth")
+Settings(state_dir=7)
+"""
+    told, trouble, _ = api.run(["--strict", "--config-file=", f"--cache-dir={os.devnull}", "-c", program.strip()])
+    assert trouble == ""
+    assert [line.partition(":")[2] for line in told.splitlines()[:-1]] == [
+        '8: error: Argument "state_dir" to "Settings" has incompatible type "int"; '
+        'expected "str | PathLike[str]"  [arg-type]'
+    ]

@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from attrs import evolve, fields
 
-from supervise.events import IndexChanged, IndexOutput, ReconcileFinished
+from supervise.events import Event, IndexChanged, IndexOutput, ReconcileFinished
+from supervise.index.cidx import Cidx
 from supervise.index.lifecycle import State
-from supervise.index.watch import LAST_WORDS
-from supervise.model import ExitStatus, IndexStatus
+from supervise.index.watch import LAST_WORDS, IndexDriver
+from supervise.model import ExitStatus, IndexReport, IndexStatus
+from supervise.processes.containment import Command
+from supervise.processes.hurry import Hurry
 from supervise.settings import IndexSettings
-from tests.index_fakes import BAD, NEVER, OK, READY, Act, Drive, Plan, drive
+from tests.index_fakes import BAD, NEVER, OK, READY, Act, Drive, FakeMark, FakeTrees, Plan, World, drive
 
 SEGV = ExitStatus(signal="SIGSEGV")
 DEFAULTS = IndexSettings()
@@ -294,6 +300,12 @@ def test_one_reconcile_at_the_start_is_enough() -> None:
     assert len(run.reconciles(after_agent=True)) == 1
 
 
+def test_the_reconcile_before_the_watch_is_no_fallback() -> None:
+    for watch, counts in ((WATCH, (1, 0)), (NO_INDEX, (1, 1)), (CRASHES, (1, 1))):
+        metrics = job(watch, before="marked").report.metrics
+        assert (metrics.levellings, metrics.fallbacks) == counts
+
+
 def test_no_reconcile_at_once_without_fallback() -> None:
     run = job(NO_INDEX, fallback_to_reconcile=False)
     assert not run.trees.named("index")
@@ -307,6 +319,13 @@ def test_the_mark_is_set_before_anything_and_cleared_at_the_end() -> None:
     run = job()
     assert run.marked_at_start
     assert run.mark.history == [(0.0, "set"), (run.ended, "clear")]
+
+
+@pytest.mark.parametrize("index", [GOOD, FAILS])
+def test_the_mark_is_released_on_every_road(index: Act) -> None:
+    for cancels in ((), (0.5,)):
+        run = job(NEVER_READY, index, cancels=cancels)
+        assert run.mark.released == run.ended
 
 
 @pytest.mark.parametrize("before", ["marked", "changed", "unseen"])
@@ -441,6 +460,28 @@ def test_a_cancel_before_readiness() -> None:
     assert outcome(run) == STALE
 
 
+@pytest.mark.parametrize("before", ["level", "marked", "unseen"])
+def test_a_cancel_gives_up_the_first_stamp_at_once(before: str) -> None:
+    run = job(before=before, stamp_seconds=30.0, cancels=(3.0,), agent=100.0)
+    assert run.ended == pytest.approx(3.0)
+    assert run.trees.order == []
+    assert outcome(run) == STALE
+
+
+def test_a_second_cancel_ends_the_stamp_before_the_flush() -> None:
+    run = job(stamp_seconds=30.0, agent=100.0, settle_time=1.0, cancels=(60.0, 61.0))
+    assert run.trees.named("watch")[0].signals == [(61.0, "SIGINT")]
+    assert run.ended == pytest.approx(61.5)
+    assert outcome(run)[0] == "stale"  # the agent did not wait 30 s for the watch
+
+
+def test_a_second_cancel_ends_the_stamp_before_the_reconcile() -> None:
+    run = job(NO_INDEX, stamp_seconds=5.0, agent=10.0, reconcile_on_cancel=True, cancels=(25.0, 26.0))
+    assert run.reconciles(after_agent=True)[0].began == 26.0
+    assert outcome(run) == VIA_FALLBACK
+    assert run.mark.clean == "untold"  # the next job looks again
+
+
 def test_a_cancel_gives_up_the_reconcile_of_a_stale_index() -> None:
     run = job(index=HANGS, before="marked", cancels=(3.0,))
     assert run.trees.order == ["index"]
@@ -459,6 +500,7 @@ def test_a_second_cancel_skips_the_wait_for_the_flush() -> None:
     assert run.trees.named("watch")[0].signals == [(5.0, "SIGINT"), (6.0, "SIGTERM")]
     assert run.ended == 6.0
     assert outcome(run) == STALE
+    assert "the flush was cut short by a further cancel" in run.report.reason
 
 
 def test_a_third_cancel_kills() -> None:
@@ -528,6 +570,37 @@ def test_the_state_of_rest_is_told_when_nothing_runs_any_more() -> None:
     failures = [event for event in run.events if isinstance(event, IndexChanged) and event.cause == "exited"]
     assert failures
     assert all(event.reason for event in failures)
+
+
+def test_nobody_waits_for_ever_if_the_last_event_cannot_be_told() -> None:
+    class Mute(IndexDriver):  # type: ignore[misc]  # final
+        def __init__(self, **parts: Any) -> None:
+            super().__init__(**{**parts, "emit": self._tell})
+
+        def _tell(self, event: Event) -> None:
+            if isinstance(event, IndexChanged) and event.cause == "end":
+                assert not self._reported.is_set()
+                raise RuntimeError("no room")
+
+    async def main() -> IndexReport:
+        hurry = Hurry()
+        world = World()
+        mark = FakeMark(world, hurry=hurry)
+        driver = Mute(
+            tool=Cidx(),
+            settings=DEFAULTS,
+            command=lambda argv: Command(argv=argv, cwd="/w", env={}),
+            open_tree=FakeTrees(world=world),
+            mark=mark,
+            emit=None,
+            hurry=hurry,
+        )
+        driver.finish()
+        with pytest.raises(RuntimeError, match="no room"):
+            await driver.run()
+        return await driver.report()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_trouble_is_logged(caplog: pytest.LogCaptureFixture) -> None:
