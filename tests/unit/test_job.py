@@ -222,13 +222,16 @@ async def test_two_tasks_at_one_subscription(make: Make, settings: Settings) -> 
             pass
 
     with trio.fail_after(LIMIT):
-        async with supervise.open_job(make(MockAgent(hang=True)), settings=settings) as job, job.subscribe() as events:
-            async with trio.open_nursery() as inner:
-                inner.start_soon(read)
-                await trio.testing.wait_all_tasks_blocked()
-                with pytest.raises(trio.BusyResourceError, match="subscribe"):
-                    await anext(events)
-                job.cancel()
+        async with (
+            supervise.open_job(make(MockAgent(hang=True)), settings=settings) as job,
+            job.subscribe() as events,
+            trio.open_nursery() as inner,
+        ):
+            inner.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(trio.BusyResourceError, match="subscribe"):
+                await anext(events)
+            job.cancel()
 
 
 async def test_a_reader_who_never_reads_is_bounded_and_told(make: Make, settings: Settings) -> None:
