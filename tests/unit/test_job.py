@@ -1167,3 +1167,12 @@ async def test_heartbeats_tell_of_the_agents_silence(make: Make, settings: Setti
     file = json.loads((settings.state_dir / "jobs" / job.job_id / "heartbeat.json").read_bytes())
     assert (file["type"], file["job_id"]) == ("heartbeat", job.job_id)
     assert file["agent_lines"] == 1
+
+
+async def test_a_supervisor_whose_block_is_over_starts_nothing(make: Make, settings: Settings) -> None:
+    with trio.fail_after(LIMIT):
+        async with supervise.open_supervisor(settings=settings) as sup:
+            await sup.run(make())
+        with pytest.raises(supervise.SuperviseError, match="cannot start"):
+            await sup.start(make())
+        assert sup.jobs == ()
