@@ -135,7 +135,7 @@ def to_line(data: Any) -> bytes:
     try:
         return orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE)
     except (TypeError, ValueError):
-        pass
+        pass  # what orjson refuses, the slower way below writes
     try:
         return _slow_line(data)
     except RecursionError:
@@ -222,7 +222,7 @@ def _register_tuples(converter: Converter) -> None:
     def tuple_in(value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise BadInput("a list is wanted")
-        items: Any = list[get_args(kind)[0]]  # type: ignore[misc]
+        items: Any = list[get_args(kind)[0]]  # type: ignore[misc]  # a type made at run time
         return tuple(converter.structure(value, items))
 
     def is_tuple(kind: Any) -> bool:
@@ -242,7 +242,7 @@ def _register_payloads(converter: Converter) -> None:
             for field in attrs.fields(cls)
             if field.name in ("raw", "input")
         }
-        return make_dict_unstructure_fn(cls, converter, **payloads)  # type: ignore[arg-type]
+        return make_dict_unstructure_fn(cls, converter, **payloads)  # type: ignore[arg-type]  # overrides, by field name
 
     converter.register_unstructure_hook_factory(
         lambda t: isinstance(t, type) and issubclass(t, AgentEvent), agent_event_out

@@ -110,7 +110,7 @@ def _steps(value: Sequence[tuple[int, float]]) -> tuple[tuple[signal.Signals, fl
     try:
         return tuple((signal.Signals(number), float(grace)) for number, grace in value)
     except (TypeError, ValueError, OverflowError):
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[return-value]  # left to the validator
 
 
 def _are_steps(value: object) -> bool:
@@ -218,7 +218,7 @@ def _kind(value: FailureKind | str | None) -> FailureKind | None:
     try:
         return None if value is None else FailureKind(value)
     except ValueError:
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[return-value]  # left to the validator
 
 
 _kind_or_none = _r.check(
@@ -330,7 +330,7 @@ class AgentLike(Protocol):
 def _absolute(value: str | os.PathLike[str]) -> Path:
     # Without the rule for the empty text it would be the working directory.
     if value == "" or not isinstance(value, str | os.PathLike):
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[return-value]  # left to the validator
     path = Path(value)
     # abspath() of some Pythons cuts at a NUL; the validator refuses it.
     return path if "\0" in str(path) else Path(os.path.abspath(path))

@@ -65,7 +65,7 @@ AnyPath = str | os.PathLike[str]
 
 def _tuple(value: Sequence[T]) -> tuple[T, ...]:
     known = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    return tuple(value) if known else value  # type: ignore[return-value]
+    return tuple(value) if known else value  # type: ignore[return-value]  # left to the validator
 
 
 def _words(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def _secret(value: str | Secret | None) -> Secret | None:
 def _path(value: AnyPath) -> Path:
     """Without the rule for the empty text it would be the working directory."""
     known = value != "" and isinstance(value, str | os.PathLike)
-    return Path(value) if known else value  # type: ignore[return-value]
+    return Path(value) if known else value  # type: ignore[return-value]  # left to the validator
 
 
 def _maybe_path(value: AnyPath | None) -> Path | None:

@@ -73,7 +73,7 @@ class Screen(io.TextIOBase):
         self._writer: threading.Thread | None = None
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]
+    def encoding(self) -> str:  # type: ignore[override]  # an attribute in typeshed
         """For rich, which draws with what there is."""
         return self._encoding
 

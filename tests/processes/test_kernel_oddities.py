@@ -99,7 +99,7 @@ async def test_a_spawn_in_flight_when_the_tree_is_left_is_ended(
     bench: Bench, leaks: Leaks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow() -> bool:  # called in the thread, before the fork
-        time.sleep(0.2)
+        time.sleep(0.2)  # nothing tells a thread that the tree is being left; a shorter wait only tests less
         return False
 
     monkeypatch.setattr("supervise.processes.session._inherits_odd_signals", slow)
@@ -235,8 +235,9 @@ async def test_a_look_is_not_shared_past_a_change(bench: Bench) -> None:
             await tree.spawn(bench.command("daemons", "1"), stdout=each)
             assert tree.alive() >= 1
         daemons = [await each.pid("daemon") for each in heard]
-        await trio.sleep(0.05)
         for tree, daemon in zip((first, second), daemons, strict=True):
+            while daemon not in {process.pid for process in tree.members()}:  # a look serves for a while
+                await trio.sleep(0.005)
             members = {process.pid for process in tree.members()}
             assert len(members) == 2
             assert daemon in members

@@ -342,7 +342,7 @@ async def test_a_supervisor_whose_block_was_left(make: Make, settings: Settings)
 
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as inner:
-            with pytest.raises(KeyError):  # noqa: PT012
+            with pytest.raises(KeyError):  # noqa: PT012  # leaving the block is what raises
                 async with supervise.open_supervisor(settings=settings) as sup:
                     await sup.run(make(job_id="old"))
                     await sup.start(make(Plain(slow_to_stop)))
@@ -527,13 +527,13 @@ async def test_what_was_finished_stays_finished(make: Make, settings: Settings) 
 async def test_an_exception_in_the_block_leaves_unwrapped_and_cancels(make: Make, settings: Settings) -> None:
     error = ValueError("of the block")
     with trio.fail_after(LIMIT):
-        with pytest.raises(ValueError, match="of the block") as raised:  # noqa: PT012
+        with pytest.raises(ValueError, match="of the block") as raised:  # noqa: PT012  # leaving the block is what raises
             async with supervise.open_job(make(MockAgent(hang=True)), settings=settings) as job:
                 await job.spawned()
                 raise error
         assert raised.value is error
         assert job.result_nowait().error == "cancelled: the block was left by ValueError"
-        with pytest.raises(ValueError, match="of the block") as raised:  # noqa: PT012
+        with pytest.raises(ValueError, match="of the block") as raised:  # noqa: PT012  # leaving the block is what raises
             async with supervise.open_supervisor(settings=settings) as sup:
                 jobs = [await sup.start(make(MockAgent(hang=True))) for _ in range(2)]
                 raise error
@@ -543,7 +543,7 @@ async def test_an_exception_in_the_block_leaves_unwrapped_and_cancels(make: Make
 
 async def test_leaving_by_an_exception_after_a_cancel_is_no_second_cancel(make: Make, settings: Settings) -> None:
     with trio.fail_after(LIMIT):
-        with pytest.raises(KeyError):  # noqa: PT012
+        with pytest.raises(KeyError):  # noqa: PT012  # leaving the block is what raises
             async with supervise.open_job(make(MockAgent(hang=True)), settings=settings) as job:
                 await job.spawned()
                 job.cancel("enough")
@@ -619,7 +619,7 @@ async def test_the_blocks_own_exception_survives_a_cancellation_of_the_teardown(
                     go_on.set()
 
                 inner.start_soon(cancel)
-                with pytest.raises(ValueError, match="of the block"):  # noqa: PT012
+                with pytest.raises(ValueError, match="of the block"):  # noqa: PT012  # leaving the block is what raises
                     async with supervise.open_job(make(Plain(slow_to_stop)), settings=settings) as job:
                         await job.spawned()
                         raise ValueError("of the block")
@@ -701,7 +701,7 @@ async def test_a_timeout_during_the_stop_after_a_cancel(make: Make, settings: Se
             await trio.sleep_forever()
         finally:
             with trio.CancelScope(shield=True):
-                await trio.sleep(0.2)
+                await trio.sleep(0.2)  # past the timeout: that it comes during the stop is what is tested
 
     with trio.fail_after(LIMIT):
         async with supervise.open_job(make(Plain(run), timeout=0.1), settings=settings) as job:
