@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from attrs import Factory, field, frozen
 
 from supervise.errors import JobFailed, SpecError
-from supervise.rules import is_environment, rules
+from supervise.rules import Validator, is_environment, rules
 from supervise.settings import IndexSettings
 
 __all__ = [
@@ -164,6 +164,56 @@ class Survivor:
     command: str
     role: str
     reason: str
+
+
+@frozen
+class Leftover:
+    """A process that an earlier supervisor, killed since, has left."""
+
+    pid: int
+    start_time: float  # seconds since the epoch
+    command: str
+
+
+@frozen(kw_only=True)
+class SweepReport:
+    """What the sweep at a supervisor's start has found.
+
+    Attributes:
+        supervisors: how many supervisors had ended without taking back their records.
+        found: the processes that they had left.
+        survivors: those of them that could not be ended.
+        groups: how many cgroups of theirs were removed.
+    """
+
+    supervisors: int = 0
+    found: tuple[Leftover, ...] = ()
+    survivors: tuple[Survivor, ...] = ()
+    groups: int = 0
+
+
+def _least(least: int, rule: str) -> Validator:
+    return _r.check(lambda v: v is None or (type(v) is int and v >= least), rule)
+
+
+@frozen(kw_only=True)
+class Limits:
+    """Bounds for all processes of a job together, kept by the kernel's cgroup controllers.
+
+    Attributes:
+        memory_bytes: memory, in bytes; past it the kernel kills. `None` for no limit.
+        processes: processes and threads at a time; past it no more can be forked. `None` for no limit.
+
+    Raises:
+        SpecError: a limit below what any program needs.
+    """
+
+    memory_bytes: int | None = field(default=None, validator=_least(1 << 20, "bytes, 1 MiB (1048576) or more, or None"))
+    processes: int | None = field(default=None, validator=_least(1, "a whole number, 1 or more, or None"))
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return self.memory_bytes is not None or self.processes is not None
 
 
 @frozen(kw_only=True)
@@ -386,6 +436,8 @@ class JobSpec:
         timeout: seconds from the agent's spawn until the agent is stopped; the reconcile is not included.
         env: further environment of the agent. Values are taken for secrets where their names say so.
         user: name of the user that the agent and the index run as (root only).
+        limits: bounds for all processes of the job together, where the cgroup controllers are ours to use; elsewhere
+            the job fails and says that they are not available here.
         labels: free texts that come back in the result.
 
     Raises:
@@ -432,6 +484,7 @@ class JobSpec:
         default=None,
         validator=_r.check(lambda v: v is None or _is_user(v), "a user's name without NUL, or None"),
     )
+    limits: Limits = field(factory=Limits, validator=_r.instance(Limits, "Limits(memory_bytes=…, processes=…)"))
     labels: dict[str, str] = field(
         factory=dict,
         converter=_mapping,

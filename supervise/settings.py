@@ -302,6 +302,13 @@ class Settings:
         "who runs jobs: local, mock, redis or http",
         validator=_r.one_of("local", "mock", "redis", "http"),
     )
+    containment: Literal["auto", "cgroup", "guardian", "process-group"] = _setting(
+        "auto",
+        "what holds a tree of processes together: guardian, cgroup (a guardian and a cgroup on top), process-group, "
+        "or auto: the best that this machine gives",
+        validator=_r.one_of("auto", "cgroup", "guardian", "process-group"),
+    )
+    guardian_timeout: float = _seconds(10.0, "how long a guardian may leave a request unanswered before it is killed")
     orphan_grace: float = _seconds(1.0, "between SIGTERM and SIGKILL for children whose supervisor died", zero=True)
     heartbeat_interval: float = _seconds(10.0, "between two heartbeats of a job")
     kill_wait: float = _seconds(5.0, "how long a tree is waited for after SIGKILL")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import cast
 
 import trio
-from attrs import evolve
+from attrs import evolve, frozen
 
 from supervise import durable
 from supervise.agents.claude import ClaudeAgent
@@ -46,7 +46,7 @@ from supervise.processes.child import ProcessTree, TreeOptions, open_tree
 from supervise.processes.containment import Command
 from supervise.processes.hurry import Hurry
 from supervise.processes.output import Logs
-from supervise.processes.session import SessionContainment
+from supervise.processes.tiers import Containments
 from supervise.secrets import Masker, secret_values
 from supervise.settings import IndexSettings, Settings
 
@@ -62,12 +62,12 @@ BY_SCOPE = "the caller's scope was cancelled"
 
 
 @trio.lowlevel.enable_ki_protection
-async def run(job: Job, settings: Settings, directory: Path, turn: JobTurn, *, with_index: bool) -> None:
+async def run(job: Job, shared: Shared, directory: Path, turn: JobTurn, *, with_index: bool) -> None:
     """Run a job to its end. Its result is in `job` and in `directory` on every road out.
 
     Args:
         job: the handle, fresh.
-        settings: all bounds.
+        shared: what all jobs of the supervisor share.
         directory: the job's own, for logs, heartbeat and result.
         turn: to begin; it is ended here.
         with_index: as `wants_index` said when the turn was asked for.
@@ -82,7 +82,7 @@ async def run(job: Job, settings: Settings, directory: Path, turn: JobTurn, *, w
         with job._scope:
             await turn.comes()
             began, clock = time.time(), trio.current_time()
-            parts = Parts(job, settings, directory, with_index=with_index)
+            parts = Parts(job, shared, directory, with_index=with_index)
             await live(job, parts)
     except* Exception as errors:
         bug = _bug(job, parts, errors)
@@ -91,6 +91,7 @@ async def run(job: Job, settings: Settings, directory: Path, turn: JobTurn, *, w
         with trio.CancelScope(shield=True):
             if parts is not None:
                 await in_thread(parts.logs.close)
+                parts.give_back()
             await _write(directory / RESULT, result)
         turn.end()
         job._finish(result)
@@ -132,12 +133,21 @@ async def live(job: Job, parts: Parts) -> None:
             beating.cancel()
 
 
+@frozen
+class Shared:
+    """What all jobs of a supervisor share: bounds, and what holds their processes."""
+
+    settings: Settings
+    containments: Containments
+
+
 class Parts:
     """What a job is put together from: agent, index, and what they share."""
 
-    def __init__(self, job: Job, settings: Settings, directory: Path, *, with_index: bool) -> None:
+    def __init__(self, job: Job, shared: Shared, directory: Path, *, with_index: bool) -> None:
         spec = job.spec
-        self.settings = settings
+        self.settings = settings = shared.settings
+        self._containments = shared.containments
         self.directory = directory
         self.trees: list[ProcessTree] = []
         self.index_ended = trio.Event()
@@ -158,6 +168,7 @@ class Parts:
             logs=self.logs,
             tail_bytes=settings.tail_bytes,
             pipe_timeout=settings.pipe_timeout,
+            contain=shared.containments.of_job(job.job_id, spec.limits),
         )
         self.agent = cast("Agent", spec.agent or ClaudeAgent())
         self.agent_side = AgentSide(
@@ -176,13 +187,17 @@ class Parts:
         if index_settings is not None and with_index:
             self.index = self._index(index_settings, index_env)
 
+    def give_back(self) -> None:
+        """What the job had for itself of what all jobs share."""
+        self._containments.job_ended(self._job.job_id)
+
     def introduction(self) -> JobStarted:
         """The job's first event."""
         return JobStarted(
             workspace=str(self._job.spec.workspace),
             agent=self.agent.name,
             index="none" if isinstance(self.index, NoIndex) else "cidx",
-            containment=SessionContainment.tier,
+            containment=self._containments.tier,
         )
 
     @asynccontextmanager

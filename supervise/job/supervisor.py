@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import final
 
@@ -18,8 +18,10 @@ from supervise.job.handle import Job
 from supervise.job.heartbeat import HEARTBEAT
 from supervise.job.threads import in_thread
 from supervise.job.turns import JobTurn, JobTurns
-from supervise.model import JobResult, JobSpec
+from supervise.model import JobResult, JobSpec, SweepReport
 from supervise.processes.session import require_platform
+from supervise.processes.sweep import sweep
+from supervise.processes.tiers import Containments, open_containments
 from supervise.settings import Settings
 
 __all__ = ["Supervisor", "open_job", "open_supervisor", "run_job"]
@@ -30,14 +32,32 @@ class Supervisor:
     """Runs jobs, at most so many at a time. Made by `open_supervisor`.
 
     Of jobs with an index, one at a time runs in each workspace; the next one waits for its end.
+
+    Attributes:
+        settings: all bounds.
+        swept: what the sweep at the start has found of earlier supervisors, and ended.
     """
 
-    def __init__(self, nursery: trio.Nursery, settings: Settings, max_concurrent: int) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        settings: Settings,
+        max_concurrent: int,
+        containments: Containments,
+        swept: SweepReport,
+    ) -> None:
         self.settings = settings
+        self.swept = swept
+        self._containments = containments
         self._nursery = nursery
         self._turns = JobTurns(max_concurrent)
         self._closed = False
         self._jobs: dict[str, Job] = {}
+
+    @property
+    def containment(self) -> str:
+        """What holds the processes of a job together, in words."""
+        return self._containments.tier
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -109,7 +129,8 @@ class Supervisor:
     @trio.lowlevel.enable_ki_protection
     async def _run(self, job: Job, directory: Path, turn: JobTurn, with_index: bool) -> None:
         try:
-            await job_nursery.run(job, self.settings, directory, turn, with_index=with_index)
+            shared = job_nursery.Shared(self.settings, self._containments)
+            await job_nursery.run(job, shared, directory, turn, with_index=with_index)
         finally:
             del self._jobs[job.job_id]
 
@@ -128,8 +149,9 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
 
     Raises:
         SettingsError: the state directory cannot be made.
-        UnsupportedPlatform: this system cannot own a tree of processes.
+        UnsupportedPlatform: this system cannot own a tree of processes, or not as `settings.containment` asks for.
 
+    What an earlier supervisor has left, killed together with its helpers, is ended first (see `Supervisor.swept`).
     Leaving the block waits for the jobs. An exception in the block, or a cancellation, cancels them, waits for
     their teardown, and leaves unwrapped.
 
@@ -140,34 +162,37 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
         raise SpecError(f"max_concurrent is {max_concurrent!r}, but must be a whole number, 1 or more")
     require_platform()
     settings = settings or Settings()
-    try:
-        await in_thread(lambda: settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True))
-    except OSError as error:
-        raise _unwritable(settings, error) from error
     failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            supervisor = Supervisor(nursery, settings, max_concurrent)
-            try:
-                yield supervisor
-                for job in supervisor.jobs:
-                    await job._done.wait()
-            except BaseException as error:  # raised below, so that the nursery does not wrap it
-                failure = error
-                supervisor._closed = True
-                _abandon(supervisor.jobs, error)
-                await _outlast(supervisor.jobs)
-            finally:
-                supervisor._closed = True
-    except BaseExceptionGroup as group:
-        # That the jobs' tasks were cancelled, too, is no news beside the block's own exception.
-        other = group.split(trio.Cancelled)[1]
-        if other is not None:  # an agent's SystemExit, say
-            raise plain(other) from None
-        if failure is None:
-            raise
-    if failure is not None:
-        raise failure
+    async with AsyncExitStack() as stack:
+        try:
+            await in_thread(lambda: settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True))
+            swept = await sweep(settings.state_dir, grace=settings.orphan_grace, kill_wait=settings.kill_wait)
+            containments = await stack.enter_async_context(open_containments(settings))
+        except OSError as error:
+            raise _unwritable(settings, error) from error
+        try:
+            async with trio.open_nursery() as nursery:
+                supervisor = Supervisor(nursery, settings, max_concurrent, containments, swept)
+                try:
+                    yield supervisor
+                    for job in supervisor.jobs:
+                        await job._done.wait()
+                except BaseException as error:  # raised below, so that the nursery does not wrap it
+                    failure = error
+                    supervisor._closed = True
+                    _abandon(supervisor.jobs, error)
+                    await _outlast(supervisor.jobs)
+                finally:
+                    supervisor._closed = True
+        except BaseExceptionGroup as group:
+            # That the jobs' tasks were cancelled, too, is no news beside the block's own exception.
+            other = group.split(trio.Cancelled)[1]
+            if other is not None:  # an agent's SystemExit, say
+                raise plain(other) from None
+            if failure is None:
+                raise
+        if failure is not None:
+            raise failure
 
 
 @asynccontextmanager

@@ -37,7 +37,8 @@ from supervise.processes.containment import Command, Containment, Leader, Pipes
 from supervise.processes.hurry import Hurry
 from supervise.processes.identity import Process
 from supervise.processes.output import Logs, Output
-from supervise.processes.session import SessionContainment, spawn_error
+from supervise.processes.program import spawn_error
+from supervise.processes.session import SessionContainment
 from supervise.secrets import Masker
 
 READ_SIZE = 64 * 1024
@@ -147,9 +148,11 @@ async def open_tree(
     """
     containment = options.contain(f"{options.mark}:{role}:{secrets.token_hex(8)}")
     error: BaseException | None = None
+    tree: ProcessTree | None = None
     try:
         async with trio.open_nursery() as nursery:
             tree = ProcessTree(role, policy, hurry, options, emit, containment, nursery)
+            tree._start(containment.serve)
             try:
                 yield tree
             except BaseException as exc:  # raised again below, outside of the nursery, so that it is not wrapped
@@ -165,7 +168,7 @@ async def open_tree(
                     error = exc
                     hurry.next()
     finally:
-        containment.close()
+        containment.close(survivors=bool(tree and tree.survivors))
     if error is not None:
         raise error
 
@@ -272,8 +275,8 @@ class ProcessTree:
                 survivors = await self._end_all_there_is()
         finally:
             self._ending -= 1
+        self.survivors = survivors
         if self._children:
-            self.survivors = survivors
             self._emit(TreeEmpty(role=self.role, seconds=trio.current_time() - began, survivors=len(survivors)))
 
     async def _end_all_there_is(self) -> tuple[Survivor, ...]:
@@ -337,7 +340,7 @@ class ProcessTree:
     async def _until_empty(self) -> None:
         await trio.lowlevel.checkpoint()  # other trees signal meanwhile: one look then serves all
         while not self._containment.empty():
-            await self._containment.gone(self._containment.members())
+            await self._containment.change()
             await trio.lowlevel.checkpoint()
 
     def _signal(self, number: int) -> None:

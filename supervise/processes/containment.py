@@ -6,7 +6,6 @@ descendants can be found, and how to find, signal and await them. One instance h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -79,8 +78,8 @@ class Containment(Protocol):
     def signal(self, number: int) -> int:
         """Send a signal to every member, then SIGCONT. Returns how many there were."""
 
-    async def gone(self, members: Sequence[Process]) -> None:
-        """Return when these have ended, or some of them, if they are many. Cancelling ends the wait only."""
+    async def change(self) -> None:
+        """Return when a member has ended, or may have. Cancelling ends the wait only."""
 
     def signal_group(self, leader: int, number: int) -> None:
         """Send one signal to a leader's process group, as a terminal does."""
@@ -88,5 +87,12 @@ class Containment(Protocol):
     def not_ours(self) -> dict[int, str]:
         """Members that could not be signalled, pid to reason."""
 
-    def close(self) -> None:
-        """Give back what the tree held: zombies are reaped, descriptors closed."""
+    async def serve(self) -> None:
+        """What has to be done as long as the tree is open. Runs in a task of the tree, and is cancelled at its end."""
+
+    def close(self, *, survivors: bool = False) -> None:
+        """Give back what the tree held: zombies are reaped, descriptors closed.
+
+        Args:
+            survivors: some of its processes could not be ended; what the disk knows of them is kept.
+        """

@@ -75,6 +75,50 @@ def started_since(start: int, *, skip: Collection[int] = ()) -> tuple[list[Proce
     return found, seen
 
 
+def descendants(pid: int, *, without: Collection[int] = ()) -> list[Process]:
+    """The processes below one, itself not among them; whoever is in `without` is passed over, with all below it.
+
+    One walk may miss who forks or ends meanwhile.
+    """
+    known = None if TELLS_CHILDREN else _children_by_parent()
+    found: list[Process] = []
+    todo = [pid]
+    while todo:
+        parent = todo.pop()
+        for child in _children(parent) if known is None else known.get(parent, ()):
+            if child not in without and (process := read(child)) is not None:
+                found.append(process)
+                todo.append(child)
+    return found
+
+
+#: Whether the kernel tells the children of a process (CONFIG_PROC_CHILDREN), so that no look at all is needed.
+TELLS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in _listing(f"/proc/{pid}/task"):
+        try:
+            descriptor = os.open(f"/proc/{pid}/task/{thread}/children", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while text := os.read(descriptor, 1 << 16):
+                    found += map(int, text.split())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in (*_GONE, *_HIDDEN):
+                raise
+    return found
+
+
+def _children_by_parent() -> dict[int, list[int]]:
+    known: dict[int, list[int]] = {}
+    for process in started_since(0)[0]:
+        known.setdefault(process.parent, []).append(process.pid)
+    return known
+
+
 def _stat(name: str) -> list[bytes] | None:
     """The fields of /proc/PID/stat after the name of the program; None if it is gone or not ours to read."""
     try:

@@ -5,22 +5,16 @@ while it is there, the kernel gives its pid to nobody, so that a signal to the g
 Who left the session is found by the marker that every descendant inherits, and by its parents.
 
 What this cannot promise: a process that left the session, cleared its environment and lost its parent before
-anybody looked is not found, and a supervisor killed with -9 leaves the tree alive.
+anybody looked is not found, and a supervisor killed with -9 leaves the tree alive until the next start sweeps.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import pwd
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, final
 
@@ -28,21 +22,10 @@ import trio
 
 from supervise.errors import SpawnError, UnsupportedPlatform
 from supervise.model import ExitStatus
-from supervise.processes import identity
 from supervise.processes.containment import Command, Pipes
-from supervise.processes.identity import Process
-
-#: In the environment of every child: the trees that it belongs to, the innermost last.
-MARK = "SUPERVISE_MARK"
-
-#: How many members one wait watches: more would only cost descriptors, since any end leads to a new look.
-WATCHED_AT_ONCE = 32
-
-#: How many descriptors one look, or one signal, needs at once. A tree keeps as many in reserve.
-RESERVE = 2
-
-#: How long a look serves other trees, too, in seconds: many that end at once would each read all of /proc.
-LOOK_SERVES = 0.01
+from supervise.processes.marked import Marked
+from supervise.processes.program import credentials, find_program, spawn_error
+from supervise.processes.records import Record
 
 #: How many programs are started at once.
 SPAWNS_AT_ONCE = 8
@@ -78,76 +61,6 @@ def require_platform() -> None:
 
 
 @final
-class Look:
-    """What one reading of /proc shows, sorted so that each tree finds its own quickly."""
-
-    def __init__(self, since: int, leaders: set[int], earlier: Look | None = None) -> None:
-        self.began = time.monotonic()
-        self._again: Look | None = None
-        self._since, self._leaders = since, leaders
-        self.is_second = earlier is not None
-        self.seen: set[int]
-        started, self.seen = identity.started_since(since, skip=earlier.seen if earlier else ())
-        self.processes = {process.pid: process for process in started}
-        self.children: defaultdict[int, list[Process]] = defaultdict(list)
-        self.near: defaultdict[int, list[Process]] = defaultdict(list)
-        #: Of those that are in no session or group of ours: what is in one needs no other sign.
-        self.environments: dict[int, bytes] = {}
-        for process in started:
-            self.children[process.parent].append(process)
-            leads = {process.pid, process.session, process.group} & leaders
-            for leader in leads:
-                self.near[leader].append(process)
-            if not leads and process.alive and MARK.encode() in (text := identity.environment_of(process)):
-                self.environments[process.pid] = text
-        self.ended = time.monotonic()
-
-    def again(self) -> Look:
-        """Another look, at what is new since this one."""
-        if self._again is None:
-            self._again = Look(self._since, self._leaders, self)
-        return self._again
-
-
-@final
-class Shared:
-    """What all trees of one Trio run share."""
-
-    def __init__(self) -> None:
-        # Not Trio's own: a host whose threads are all busy must not keep a tree from being ended.
-        self.limiter = trio.CapacityLimiter(SPAWNS_AT_ONCE)
-        self.trees: set[SessionContainment] = set()
-        self.leaders: set[int] = set()
-        self._look: Look | None = None
-
-    def look(self, tree: SessionContainment) -> Look:
-        """One that was begun after the tree's last change, and is not old."""
-        look = self._look
-        if look is None or look.began <= tree.changed or time.monotonic() - look.ended > LOOK_SERVES:
-            since = min(each.since for each in (tree, *self.trees))
-            look = self._look = Look(since, set(self.leaders))
-        return look
-
-    def leave(self, tree: SessionContainment, leaders: Iterable[int]) -> None:
-        self.trees.discard(tree)
-        self.leaders.difference_update(leaders)
-        if not self.trees:
-            self._look = None
-
-
-_shared: trio.lowlevel.RunVar[Shared] = trio.lowlevel.RunVar("supervise.processes.session")
-
-
-def shared() -> Shared:
-    """That of this Trio run."""
-    try:
-        return _shared.get()
-    except LookupError:
-        _shared.set(Shared())
-        return _shared.get()
-
-
-@final
 class SessionLeader:
     """A child of ours. Its status is read without reaping it; `on_end` is called when it has ended."""
 
@@ -171,247 +84,77 @@ class SessionLeader:
 
 
 @final
-class SessionContainment:
+class SessionContainment(Marked):
     """One tree, held by sessions and a marker.
 
     Args:
         token: a text that no other tree has; it is the marker.
+        record: what the next supervisor needs to find the tree, if this one is killed.
+        refusal: why nothing may be started: limits that this tier cannot keep.
     """
 
     tier = "process group"
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, record: Record | None = None, refusal: str | None = None) -> None:
         require_platform()
-        self._token = token
-        self.since = identity.now_in_ticks()
-        self._leaders: dict[int, SessionLeader] = {}
-        self._not_ours: dict[int, str] = {}
-        self._reserve: list[int] = []
-        self._known: set[tuple[int, int]] = set()
-        self.changed = time.monotonic()
-        self._shared = shared()
-        self._shared.trees.add(self)
+        super().__init__(token)
+        self._record = record
+        self._refusal = refusal
+        self._leaders: list[SessionLeader] = []
 
     async def spawn(self, command: Command, pipes: Pipes) -> SessionLeader:
         program = find_program(command)
-        mark = "/".join(filter(None, [os.environ.get(MARK, ""), self._token]))
+        if self._refusal is not None:
+            name = command.argv[0]
+            raise SpawnError(name, "limit", f"{name!r} was not started: {self._refusal}")
+        user = credentials(command)
         options: dict[str, Any] = {
             "stdin": pipes.stdin,
             "stdout": pipes.stdout,
             "stderr": pipes.stderr,
             "cwd": command.cwd,
-            "env": {**command.env, MARK: mark},
+            "env": {**command.env, **self.environment(self.token)},
             "start_new_session": True,
-            **_credentials(command),
         }
+        if user is not None:
+            options |= {"user": user.uid, "group": user.gid, "extra_groups": user.groups}
         # Not abandoned when cancelled: Trio waits for the thread, so the child is known before anything else runs.
-        popen = await trio.to_thread.run_sync(partial(_popen, program, command, options), limiter=self._shared.limiter)
+        popen = await trio.to_thread.run_sync(partial(_popen, program, command, options), limiter=spawning())
         try:
             leader = SessionLeader(popen, os.pidfd_open(popen.pid), self._change)
         except OSError as error:  # out of descriptors: no child is left half started
             os.killpg(popen.pid, signal.SIGKILL)
             popen.wait()
             raise spawn_error(command, error) from None
-        self._leaders[popen.pid] = leader
-        self._shared.leaders.add(popen.pid)
-        self._change()
-        self._fill_reserve()
+        self._leaders.append(leader)
+        self.hold(leader.pid)
+        if self._record is not None:
+            self._record.enter(self.token, [each.pid for each in self._leaders])
         return leader
 
-    def members(self) -> list[Process]:
-        with self._descriptors():
-            return self._members(self._shared.look(self))
+    async def serve(self) -> None:
+        """Nothing is to be done: the kernel tells."""
 
-    def empty(self) -> bool:
-        if not self._leaders:
-            return True
-        with self._descriptors():
-            look = self._shared.look(self)
-            # Who forks and ends while /proc is read is missed, and its child too. A second look at what is new
-            # since the first finds the child.
-            return not self._members(look) and not self._members(look.again())
-
-    def _members(self, look: Look) -> list[Process]:
-        token = self._token.encode()
-        found = {process.pid: process for leader in self._leaders for process in look.near.get(leader, ())}
-        for pid, start in self._known:
-            if (process := look.processes.get(pid)) is not None and process.start == start:
-                found[pid] = process
-        for pid, environment in look.environments.items():
-            if token in environment:
-                found[pid] = look.processes[pid]
-        new = list(found)
-        while new:  # children of members are members, whatever they did to their session and environment
-            for child in look.children.get(new.pop(), ()):
-                if child.pid not in found:
-                    found[child.pid] = child
-                    new.append(child.pid)
-        members = [found[pid] for pid in sorted(found) if found[pid].alive]
-        # Who was found by a parent stays a member when the teardown has ended that parent first.
-        known = {(member.pid, member.start) for member in members}
-        self._known = self._known | known if look.is_second else known
-        return members
-
-    def signal(self, number: int) -> int:
-        members = self.members()
-        for leader in {member.group for member in members if member.group in self._leaders}:
-            # One call for the whole group: a child forked meanwhile gets the signal, too.
-            for each in (number, signal.SIGCONT):
-                try:
-                    os.killpg(leader, each)
-                except (ProcessLookupError, PermissionError) as error:
-                    self._refused(leader, error)
-        with self._descriptors():
-            for member in members:
-                if member.group not in self._leaders:
-                    self._signal_one(member, number)
-        self._change()
-        return len(members)
-
-    def _change(self) -> None:
-        """An earlier look, perhaps another tree's, tells nothing about this one any more."""
-        self.changed = time.monotonic()
-
-    def signal_group(self, leader: int, number: int) -> None:
-        """Send one signal to a leader's process group, as a terminal does. The leader must not be reaped yet."""
-        try:
-            os.killpg(leader, number)
-        except (ProcessLookupError, PermissionError) as error:
-            self._refused(leader, error)
-
-    async def gone(self, members: Sequence[Process]) -> None:
-        pidfds: list[int] = []
-        try:
-            for member in members[:WATCHED_AT_ONCE]:
-                try:
-                    pidfds.append(os.pidfd_open(member.pid))
-                except ProcessLookupError:
-                    continue
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE):
-                        raise
-                    break
-                now = identity.read(member.pid)
-                if now is None or now.start != member.start:  # the pid went to a stranger: not to be waited for
-                    os.close(pidfds.pop())
-            else:
-                async with trio.open_nursery() as nursery:
-                    for pidfd in pidfds:
-                        nursery.start_soon(trio.lowlevel.wait_readable, pidfd)
-                return
-            await trio.sleep(0.02)  # no descriptor is free: nothing tells, so look again soon
-        finally:
-            self._change()
-            for pidfd in pidfds:
-                os.close(pidfd)
-
-    def not_ours(self) -> dict[int, str]:
-        return self._not_ours
-
-    def close(self) -> None:
-        for leader in self._leaders.values():
+    def close(self, *, survivors: bool = False) -> None:
+        for leader in self._leaders:
             os.close(leader.pidfd)
             leader.popen.poll()  # reaps; a survivor stays
-        self._shared.leave(self, self._leaders)
         self._leaders.clear()
-        self._use_reserve()
-
-    @contextmanager
-    def _descriptors(self) -> Iterator[None]:
-        """Descriptors are free in here, also if the rest of this process has used up all others."""
-        self._use_reserve()
-        try:
-            yield
-        finally:
-            if self._leaders:
-                self._fill_reserve()
-
-    def _use_reserve(self) -> None:
-        while self._reserve:
-            os.close(self._reserve.pop())
-
-    def _fill_reserve(self) -> None:
-        try:
-            while len(self._reserve) < RESERVE:
-                self._reserve.append(os.open("/proc", os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
-            return  # somebody was faster; the next time may be better
-
-    def _signal_one(self, member: Process, number: int) -> None:
-        try:
-            pidfd = os.pidfd_open(member.pid)
-        except OSError as error:
-            self._refused(member.pid, error)
-            return
-        try:
-            # The descriptor is of whoever has the pid now: is it still the one that was found?
-            now = identity.read(member.pid)
-            if now is not None and now.start == member.start:
-                signal.pidfd_send_signal(pidfd, number)
-                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
-        except OSError as error:
-            self._refused(member.pid, error)
-        finally:
-            os.close(pidfd)
-
-    def _refused(self, pid: int, error: OSError) -> None:
-        if error.errno != errno.ESRCH:
-            self._not_ours[pid] = f"it could not be signalled: {error.strerror}"
+        super().close(survivors=survivors)
+        if not survivors and self._record is not None:
+            self._record.strike(self.token)
 
 
-def find_program(command: Command) -> str:
-    """The path of the program that `command` names.
-
-    Raises:
-        SpawnError: there is none, it cannot be executed, or the working directory is missing.
-    """
-    name = command.argv[0]
-    if not os.path.isdir(command.cwd):
-        raise SpawnError(
-            name,
-            "bad_cwd",
-            f"{name!r} was not started: its working directory {command.cwd!r} is missing or no directory",
-        )
-    if "/" in name:
-        path = os.path.join(command.cwd, name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-        exists = os.path.exists(path)
-    else:
-        search = command.env.get("PATH", os.defpath)
-        found = shutil.which(name, path=search)
-        if found is not None:
-            return os.path.abspath(found)
-        exists = shutil.which(name, mode=os.F_OK, path=search) is not None
-    if exists:
-        raise SpawnError(name, "not_executable", f"the program {name!r} cannot be executed; check its mode bits")
-    where = "" if "/" in name else " on the PATH"
-    raise SpawnError(
-        name,
-        "not_found",
-        f"the program {name!r} was not found{where}; install it, or name another (agent.command, index.command)",
-    )
+_spawning: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("supervise.processes.session")
 
 
-def _credentials(command: Command) -> dict[str, Any]:
-    """Popen's options for another user."""
-    if command.user is None:
-        return {}
-    name = command.argv[0]
+def spawning() -> trio.CapacityLimiter:
+    """Not Trio's own: a host whose threads are all busy must not keep a tree from being ended."""
     try:
-        entry = pwd.getpwnam(command.user)
-    except KeyError:
-        raise SpawnError(name, "user", f"{name!r} was not started: there is no user {command.user!r} here") from None
-    if entry.pw_uid == os.geteuid():
-        return {}
-    if os.geteuid() != 0:
-        raise SpawnError(
-            name,
-            "user",
-            f"{name!r} was not started as {command.user!r}: only root may run programs as another user",
-        )
-    groups = os.getgrouplist(command.user, entry.pw_gid)
-    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": groups}
+        return _spawning.get()
+    except LookupError:
+        _spawning.set(trio.CapacityLimiter(SPAWNS_AT_ONCE))
+        return _spawning.get()
 
 
 def _popen(program: str, command: Command, options: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -458,25 +201,3 @@ def _popen_by_launcher(program: str, command: Command, options: dict[str, Any]) 
         popen.wait()
         raise OSError(int(report), os.strerror(int(report)))
     return popen
-
-
-def spawn_error(command: Command, error: OSError) -> SpawnError:
-    """What the kernel said, in words that name the program."""
-    name = command.argv[0]
-    kinds = {
-        errno.ENOENT: ("not_found", "was not found, or its interpreter (the #! line) is missing"),
-        errno.ENOTDIR: ("not_found", "was not found"),
-        errno.EACCES: ("not_executable", "may not be executed, or its directory may not be entered"),
-        errno.EPERM: ("not_executable", "may not be executed"),
-        errno.ENOEXEC: (
-            "bad_format",
-            "is no program: neither a binary of this machine nor a script with a #! line",
-        ),
-        errno.E2BIG: ("limit", "was given arguments and environment that are too large"),
-        errno.EAGAIN: ("limit", "was not started: the limit of processes is reached"),
-        errno.ENOMEM: ("limit", "was not started: no memory"),
-        errno.EMFILE: ("limit", "was not started: this process has no file descriptor left"),
-        errno.ENFILE: ("limit", "was not started: the system has no file descriptor left"),
-    }
-    kind, text = kinds.get(error.errno or 0, ("other", f"was not started: {error.strerror}"))
-    return SpawnError(name, kind, f"the program {name!r} {text}")

@@ -1,0 +1,226 @@
+"""The supervisor's end of the zygote: it starts the program in guardian.py, and asks it for guardians."""
+
+from __future__ import annotations
+
+import array
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import trio
+
+from supervise.processes import guardian, identity
+from supervise.processes.identity import Process
+from supervise.processes.marked import MARK
+from supervise.processes.records import Record
+
+log = logging.getLogger("supervise.processes")
+
+PROGRAM = guardian.__file__
+
+#: What the zygote keeps of our environment: no keys, as its children could read them, but what Python may need.
+KEPT = ("LD_LIBRARY_PATH", MARK)
+
+ZYGOTE = "zygote"
+
+
+@final
+class Helper:
+    """The zygote of one supervisor: started when it is first wanted, and anew when it is gone.
+
+    Args:
+        orphan_grace: seconds between SIGTERM and SIGKILL when we are gone.
+        timeout: how long it may leave a request unanswered, in seconds.
+        record: where it is written down.
+        cgroup: the group of all trees, which it removes in the end.
+        scan: children are found by reading all of /proc.
+    """
+
+    def __init__(
+        self, *, orphan_grace: float, timeout: float, record: Record, cgroup: Path | None, scan: bool = False
+    ) -> None:
+        self.timeout = timeout
+        self.record = record
+        self.cgroup = cgroup
+        self.scan = scan
+        self.guardians: set[int] = set()
+        self._grace = orphan_grace
+        self._starting = trio.Lock()
+        self._running: _Running | None = None
+        self._earlier: list[_Running] = []
+
+    async def ask(self, cgroup: Path | None) -> socket.socket:
+        """Ask for a guardian. Returns our end of its socket; if it is closed before it says hello, there is none.
+
+        Raises:
+            OSError: no descriptor or process is free for it.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours.setblocking(False)
+            request = json.dumps({"grace": self._grace, "cgroup": None if cgroup is None else str(cgroup)}).encode()
+            for again in (True, False):
+                running = await self.start()
+                try:
+                    send(running.requests, request, [theirs.fileno()])
+                    break
+                except (BrokenPipeError, ConnectionResetError, BlockingIOError):  # killed; or stopped for long
+                    self._drop()
+                    if not again:
+                        raise
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
+
+    async def start(self) -> _Running:
+        """Start it, unless it runs with what we are now: a zygote cannot change what it was forked with."""
+        async with self._starting:
+            running = self._running
+            if running is not None and running.identity == _identity() and running.popen.poll() is None:
+                return running
+            self._drop()
+            self._running = await trio.to_thread.run_sync(partial(_start, self.scan, self.cgroup))
+            self.record.enter(ZYGOTE, [], [(self._running.popen.pid, self._running.start)])
+            return self._running
+
+    def orphans(self) -> list[Process]:
+        """What is alive below the zygote and below none of its guardians: a guardian that was killed has left it."""
+        found: list[Process] = []
+        for running in (self._running, *self._earlier):
+            if running is not None:
+                found += [p for p in identity.descendants(running.popen.pid, without=self.guardians) if p.alive]
+        return found
+
+    def rouse(self) -> None:
+        """If somebody has stopped it, it goes on."""
+        for running in (self._running, *self._earlier):
+            if running is not None:
+                running.send(signal.SIGCONT)
+
+    def give_up(self) -> None:
+        """It has not answered. End it; the next request starts another."""
+        if self._running is not None:
+            log.warning("the forking helper (process %d) did not answer: ended", self._running.popen.pid)
+            self._running.send(signal.SIGKILL)
+        self._drop()
+
+    async def aclose(self) -> None:
+        """Wait until it has ended; at most twice `timeout`, then it is killed. Not cancellable."""
+        self._drop()
+        with trio.CancelScope(shield=True):
+            for running in self._earlier:
+                await running.end(self.timeout)
+        self._earlier.clear()
+        self.record.strike(ZYGOTE)
+
+    def _drop(self) -> None:
+        """Ask nothing more of the one that runs: it ends when its guardians have."""
+        if self._running is not None:
+            self._running.requests.close()
+            self._earlier.append(self._running)
+            self._running = None
+
+
+@final
+class _Running:
+    """A zygote that was started."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], requests: socket.socket, complaints: int) -> None:
+        self.popen = popen
+        self.requests = requests
+        self.identity = _identity()
+        self.complaints = complaints
+        process = identity.read(popen.pid)
+        self.start = process.start if process else -1
+
+    def send(self, number: int) -> None:
+        self.popen.send_signal(number)  # which polls first, so that the pid is still its own
+
+    async def end(self, timeout: float) -> None:
+        for number in (None, signal.SIGCONT, signal.SIGKILL):
+            if number is not None:
+                self.send(number)
+            with trio.move_on_after(timeout if number is None else 1.0):
+                await self._ended()
+                break
+        else:
+            log.error("the forking helper (process %d) does not end", self.popen.pid)
+        self.popen.poll()
+        try:
+            if text := os.pread(self.complaints, 1 << 16, 0).decode("utf-8", "replace").strip():
+                log.error("the forking helper complained: %s", text)
+        finally:
+            os.close(self.complaints)
+
+    async def _ended(self) -> None:
+        if self.popen.poll() is not None:
+            return
+        pidfd = os.pidfd_open(self.popen.pid)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+
+
+def _start(scan: bool, cgroup: Path | None) -> _Running:
+    """Runs in a worker thread."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline = complaints = -1
+    try:
+        ours.setblocking(False)
+        lifeline = os.pidfd_open(os.getpid())
+        complaints = os.memfd_create("supervise-complaints", os.MFD_CLOEXEC)
+        # -I -S: no site, no user's PYTHON… variables, so that it starts fast and as we know it.
+        how = "scan" if scan else "file"
+        words = [sys.executable, "-I", "-S", PROGRAM, str(theirs.fileno()), str(lifeline), how]
+        popen = subprocess.Popen(
+            [*words, *([] if cgroup is None else [str(cgroup)])],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            cwd="/",
+            env={name: os.environ[name] for name in KEPT if name in os.environ},
+            pass_fds=(theirs.fileno(), lifeline),
+            start_new_session=True,
+        )
+        return _Running(popen, ours, complaints)
+    except BaseException:
+        ours.close()
+        if complaints >= 0:
+            os.close(complaints)
+        raise
+    finally:
+        theirs.close()
+        if lifeline >= 0:
+            os.close(lifeline)
+
+
+def send(sock: socket.socket, message: bytes, descriptors: Iterable[int] = ()) -> None:
+    """One message, at once."""
+    passed = array.array("i", descriptors)
+    sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)] if passed else [])
+
+
+def limits() -> list[tuple[int, int, int]]:
+    """All our resource limits: a zygote has those of its start. No core dumps: they would hold keys, and be left."""
+    numbers = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+    found = [(number, *resource.getrlimit(number)) for number in sorted(numbers)]
+    return [(number, 0, 0) if number == resource.RLIMIT_CORE else (number, soft, hard) for number, soft, hard in found]
+
+
+def _identity() -> tuple[Any, ...]:
+    """What a zygote has from us for good: who we are, and what no child of its may exceed."""
+    hard = tuple(hard for _, _, hard in limits())
+    return (os.getresuid(), os.getresgid(), tuple(os.getgroups()), hard)
