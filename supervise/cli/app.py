@@ -50,7 +50,7 @@ STANDARD_INPUT = "<standard input>"
 #: Values that no sink of ours may show.
 _secrets: set[str] = set()
 
-Fault = Literal["watch-start", "watch-crash", "stubborn", "reconcile", "cancel"]
+Fault = Literal["watch-start", "watch-crash", "stubborn", "reconcile", "cancel", "kill"]
 
 
 @app.command

@@ -13,6 +13,7 @@ import trio
 from rich.console import Console
 
 from supervise.cli import exit_codes
+from supervise.cli.kill import KillAsJson, KillForPeople
 from supervise.cli.signals import Signals
 from supervise.cli.stdout import Stdout
 from supervise.cli.streams import Screen
@@ -64,7 +65,16 @@ async def _run(scratch: Path, fault: str | None, json: bool, console: Console, s
         what = FAULTS[fault] if fault else "a job whose index watch sees every edit"
         tell(people, f"supervise demo · {what}", "bold")
         say(people, f"{scene.workspace}: {scene.about}", "dim")
-    async with open_job(scene.spec(), settings=scene.settings) as job, job.subscribe() as events:
+    spec = scene.spec()
+    as_promised = True
+    if fault == "kill":
+        with signals.preparation_again():
+            show = KillAsJson(signals) if json else KillForPeople(people)
+            as_promised = await show.run(scene)
+        if signals.ended_by is not None:
+            return exit_codes.of_signal(signals.ended_by)
+        spec = scene.next_spec()
+    async with open_job(spec, settings=scene.settings) as job, job.subscribe() as events:
         signals.belong_to(job)
         async with trio.open_nursery() as nursery:
             if fault == "cancel":
@@ -81,7 +91,7 @@ async def _run(scratch: Path, fault: str | None, json: bool, console: Console, s
         await seen(people)
     if signals.ended_by is not None:
         return exit_codes.of_signal(signals.ended_by)
-    return exit_codes.COMPLETED if end.as_promised else exit_codes.FAILED
+    return exit_codes.COMPLETED if end.as_promised and as_promised else exit_codes.FAILED
 
 
 async def _cancel(job: Job) -> None:

@@ -47,6 +47,14 @@ class Signals:
             for number in ours:
                 signal.signal(number, before[number])
 
+    @contextmanager
+    def preparation_again(self) -> Iterator[None]:
+        """More of what is done before there is a job: a signal cancels it, also one that came before."""
+        with trio.CancelScope() as self.preparation:
+            if self.ended_by is not None:
+                self.preparation.cancel()
+            yield
+
     def belong_to(self, job: Job) -> None:
         """From here on, signals go to `job`, also one that came before."""
         self._job = job

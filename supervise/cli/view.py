@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import AsyncIterable
 from typing import final
 
 import trio
@@ -18,7 +19,6 @@ from rich.tree import Tree
 
 from supervise import events as e
 from supervise.cli.streams import Screen
-from supervise.job.bus import Subscription
 from supervise.observe.describe import describe
 from supervise.secrets import Masker
 
@@ -28,8 +28,8 @@ KEPT = 12
 ROWS_AROUND = 8
 
 
-async def follow(events: Subscription, console: Console, title: str) -> None:
-    """Show events until the job ends, and wait until they are seen. Cancelling stops showing."""
+async def follow(events: AsyncIterable[e.Event], console: Console, title: str) -> None:
+    """Show events until they end, and wait until they are seen. Cancelling stops showing."""
     if console.is_terminal and not console.is_dumb_terminal:
         await _live(events, console, title)
     else:
@@ -54,7 +54,7 @@ def tell(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style), soft_wrap=not console.is_terminal)
 
 
-async def _lines(events: Subscription, console: Console) -> None:
+async def _lines(events: AsyncIterable[e.Event], console: Console) -> None:
     began, workspace = 0.0, ""
     async for event in events:
         assert event.time is not None
@@ -68,7 +68,7 @@ async def _lines(events: Subscription, console: Console) -> None:
             console.print(text, soft_wrap=True)
 
 
-async def _live(events: Subscription, console: Console, title: str) -> None:
+async def _live(events: AsyncIterable[e.Event], console: Console, title: str) -> None:
     picture = Picture(title)
     with Live(picture, console=console, refresh_per_second=8, transient=False):
         async for event in events:

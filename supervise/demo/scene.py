@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
+from supervise.agents.mock import MockAgent
 from supervise.demo.project import lay_down
 from supervise.demo.proof import Proof, proof
 from supervise.errors import SpawnError, SuperviseError
@@ -30,6 +31,7 @@ FAULTS = {
     "watch-crash": "the watch crashes whenever it sees an edit: it is restarted, and at the end not trusted",
     "stubborn": "the watch ignores SIGINT and SIGTERM, and so does a child that has left its session",
     "reconcile": "neither watch nor reconcile work: the index is told to be stale, on disk, for the next job",
+    "kill": "the supervising process is killed with -9: its tree empties, and the next job settles the stale mark",
     "cancel": "the job is cancelled while the agent works: the watch flushes, or the index is marked stale",
 }
 
@@ -71,7 +73,12 @@ class Scene:
 
     def spec(self) -> JobSpec:
         """The demo's job."""
-        return JobSpec(prompt=PROMPT, workspace=self.workspace, timeout=30)
+        return demo_spec(self.workspace)
+
+    def next_spec(self) -> JobSpec:
+        """Another job in the same workspace, after one that was killed: its agent only says a word."""
+        agent = MockAgent(steps=("I only looked. The index was levelled before I began.",), text="looked")
+        return JobSpec(prompt="Look around.", workspace=self.workspace, timeout=30, agent=agent)
 
     async def end(self) -> End:
         """Look at what a job has left behind. Cancelling waits for the look under way."""
@@ -93,11 +100,20 @@ async def set_up(scratch: Path, fault: str | None) -> Scene:
     return Scene(workspace, settings, about)
 
 
+def demo_spec(workspace: Path) -> JobSpec:
+    """The demo's job, in a workspace that was laid down."""
+    return JobSpec(prompt=PROMPT, workspace=workspace, timeout=30)
+
+
 def demo_settings(state_dir: Path, fault: str | None) -> Settings:
     """Settings that put the demo's programs in the place of the real ones."""
     # -P: without it, Python would look for modules in the workspace first, which the agent writes.
     python = (sys.executable, "-P", "-m")
-    indexer = (*python, "supervise.demo.indexer", *(("--fault", fault) if fault not in (None, "cancel") else ()))
+    indexer = (
+        *python,
+        "supervise.demo.indexer",
+        *(("--fault", fault) if fault not in (None, "cancel", "kill") else ()),
+    )
     return Settings(
         state_dir=state_dir,
         heartbeat_interval=1.0,
