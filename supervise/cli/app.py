@@ -68,6 +68,12 @@ def run(
     user: Annotated[
         str | None, Parameter(group=_job, help="User to run the agent and the index as (root only).")
     ] = None,
+    max_memory: Annotated[
+        int | None, Parameter(group=_job, help="Bytes for all processes of the job together (cgroup).")
+    ] = None,
+    max_processes: Annotated[
+        int | None, Parameter(group=_job, help="Processes and threads of the job at a time (cgroup).")
+    ] = None,
     model: Annotated[str | None, Parameter(group=_agent, help="Model or alias.")] = None,
     max_turns: Annotated[int | None, Parameter(group=_agent, help="Turns after which the run fails.")] = None,
     max_budget_usd: Annotated[float | None, Parameter(group=_agent, help="Dollars after which the run fails.")] = None,
@@ -106,7 +112,7 @@ def run(
     """
     from supervise.agents.claude import ClaudeAgent
     from supervise.cli import run as command
-    from supervise.model import JobSpec, new_job_id
+    from supervise.model import JobSpec, Limits, new_job_id
 
     settings = Settings.load(config=config, overrides=_overrides(set))
     _secrets.update(_secrets_of(settings))
@@ -129,6 +135,7 @@ def run(
         agent=agent,
         timeout=timeout,
         user=user,
+        limits=Limits(memory_bytes=max_memory, processes=max_processes),
     )
     return _trio(command.run, spec, settings, json)
 
@@ -147,6 +154,33 @@ def demo(
     from supervise.cli import demo as command
 
     return _trio(command.run, fault, keep, json)
+
+
+@app.command
+def doctor(
+    *,
+    sweep: Annotated[
+        bool,
+        Parameter(negative=(), show_default=False, help="End what supervisors have left that were killed, and tell."),
+    ] = False,
+    set: Annotated[  # the option's name
+        list[str] | None,
+        Parameter(negative=(), help="A setting, as name=value: --set containment=guardian; may be given again."),
+    ] = None,
+    config: Config = None,
+    json: Annotated[
+        bool, Parameter(negative=(), show_default=False, group=_output, help="One JSON object on standard output.")
+    ] = False,
+) -> int:
+    """Check what this machine gives: containment, state directory, limits, agent and indexer; and how to mend it.
+
+    Exits with 1 if something is in the way of every job. Example: supervise doctor --sweep
+    """
+    from supervise.cli import doctor as command
+
+    settings = Settings.load(config=config, overrides=_overrides(set))
+    _secrets.update(_secrets_of(settings))
+    return _trio(command.run, settings, sweep, json)
 
 
 def main(argv: list[str]) -> int:

@@ -22,7 +22,7 @@ from supervise.events import Event
 WAITING = 10_000
 
 
-def _kept(kill: Kill, mark: Path | None) -> bool:
+def is_as_promised(kill: Kill, mark: Path | None) -> bool:
     """Whether the tree is empty, and the mark says that the index may be behind."""
     return not kill.left and bool(kill.mates) and mark is not None
 
@@ -44,9 +44,9 @@ class KillForPeople:
             kill = await kill_in_mid_job(scene, hear=self._hear, killed=self._killed, gone=lambda mate, seconds: None)
             await shown.wait()
         mark = (await scene.end()).mark
-        self._tell(kill, mark)
+        self.tell(kill, mark)
         await seen(self._people)
-        return _kept(kill, mark)
+        return is_as_promised(kill, mark)
 
     async def _follow(self, shown: trio.Event) -> None:
         await follow(self._events, self._people, "the nursery of a supervising process of its own")
@@ -61,7 +61,8 @@ class KillForPeople:
         self._is_dead = True
         self._events_in.close()
 
-    def _tell(self, kill: Kill, mark: Path | None) -> None:
+    def tell(self, kill: Kill, mark: Path | None) -> None:
+        """Say what became of the tree, and of the mark."""
         names = ", ".join(f"{mate.pid} {mate.command}" for mate in kill.mates)
         tell(self._people, f"kill -9 {kill.pid}: the supervising process is gone. Below it were alive: {names}", "bold")
         if kill.left:
@@ -108,7 +109,7 @@ class KillAsJson:
                     left=[_mate(mate) for mate in kill.left],
                     stale_mark=mark is not None,
                 )
-        return _kept(kill, mark)
+        return is_as_promised(kill, mark)
 
     async def _write(self) -> None:
         async for line in self._lines:

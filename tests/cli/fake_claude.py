@@ -46,6 +46,25 @@ def result(words: str, **more: object) -> None:
     say({**line, **more})
 
 
+def above() -> list[int]:
+    """From our parent to the supervising process, which is the first that runs `-m supervise`."""
+    pids = [os.getppid()]
+    while True:
+        with open(f"/proc/{pids[-1]}/cmdline", "rb") as file:
+            if b"\0-m\0supervise\0" in file.read():
+                return pids
+        with open(f"/proc/{pids[-1]}/stat", "rb") as file:
+            pids.append(int(file.read().rpartition(b") ")[2].split()[1]))
+
+
+def environment(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read().decode(errors="replace")
+    except OSError as error:
+        return f"refused: {error.strerror}"
+
+
 def main() -> int:
     signal.alarm(60)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -69,12 +88,8 @@ def main() -> int:
         case "hang":
             text("hanging")
             time.sleep(60)
-        case "ask":  # about the environment: this one's, and that of process `rest`
-            try:
-                with open(f"/proc/{os.getppid()}/environ", "rb") as file:
-                    theirs = file.read().decode(errors="replace")
-            except OSError as error:
-                theirs = f"refused: {error.strerror}"
+        case "ask":  # about the environment: this one's, and those of all processes above
+            theirs = [environment(pid) for pid in above()]
             seen = {"mine": dict(os.environ), "theirs": theirs, "argv": sys.argv[1:], "cwd": os.getcwd()}
             result(json.dumps(seen))
         case "tell":  # a key, everywhere

@@ -35,7 +35,7 @@ INDEX = {"status", "reason", "watch_restarts", "stale"}
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Cli, Done]]]:
     """All faults, run side by side."""
-    clis = {fault: Cli(tmp_path_factory.mktemp(fault)) for fault in (*FAULTS, "no-git")}
+    clis = {fault: Cli(tmp_path_factory.mktemp(fault)) for fault in (*FAULTS, "no-git", "kill")}
     no_git = clis["no-git"].root / "bin"
     for name in ("sh", "mkdir", "touch", "rm", "mv", "base64"):  # what the demo's agent needs, and no git
         os.symlink(str(shutil.which(name)), no_git / name)
@@ -81,7 +81,7 @@ def test_standard_output_is_events_then_proof_then_result(demos: dict[str, tuple
     assert done.err == ""
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "no-git"])
+@pytest.mark.parametrize("fault", [*FAULTS, "no-git", "kill"])
 def test_nothing_is_left(demos: dict[str, tuple[Cli, Done]], fault: str) -> None:
     cli, done = demos[fault]
     assert cli.alive() == []
@@ -163,6 +163,50 @@ def test_a_cancelled_job_leaves_a_good_index_or_a_mark(demos: dict[str, tuple[Cl
     assert of_type(done, "cancel")
     proof = of_type(done, "proof")[0]
     assert proof["equal"] or proof["stale_mark"]
+
+
+def test_a_killed_supervisor_leaves_an_empty_tree_and_a_mark_that_the_next_job_settles(
+    demos: dict[str, tuple[Cli, Done]],
+) -> None:
+    _, done = demos["kill"]
+    assert (done.code, done.err) == (0, "")
+    kinds = [line["type"] for line in done.lines]
+    killed, emptied = of_type(done, "supervisor_killed")[0], of_type(done, "tree_emptied")[0]
+    at = kinds.index("supervisor_killed")
+    assert kinds[:at].count("agent_tool_use") >= 5
+    assert "job_finished" not in kinds[:at]
+    assert len(killed["processes"]) >= 2  # watch and agent, and what holds them
+    assert {gone["pid"] for gone in of_type(done, "process_gone")} == {each["pid"] for each in killed["processes"]}
+    assert emptied["left"] == []
+    assert 0 < emptied["seconds"] <= emptied["bound"]
+    assert emptied["stale_mark"] is True
+    after = [line for line in done.lines if line.get("job_id") == done.result["job_id"]]
+    assert next(line for line in after if line["type"] == "index")["reason"].startswith("the index was stale")
+    assert [line["ok"] for line in after if line["type"] == "reconcile"] == [True]
+    assert done.result["outcome"] == "completed"
+    assert done.result["index"]["status"] == "watch_terminated"
+    proof = of_type(done, "proof")[0]
+    assert (proof["equal"], proof["stale_mark"]) == (True, False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_demo_of_a_kill(cli: Cli, number: signal.Signals) -> None:
+    running = cli.start("demo", "--fault", "kill", "--json")
+    running.line_with('"agent_tool_use"')
+    running.process.send_signal(number)
+    assert running.end().code == 128 + number
+    assert list(cli.scratch.iterdir()) == []
+    wait_until(lambda: cli.alive() == [])  # the guardians of a supervisor that was ended take a moment
+
+
+def test_a_kill_is_told_in_words(cli: Cli) -> None:
+    done = cli.do("demo", "--fault", "kill")
+    assert (done.code, done.err) == (0, "")
+    said = " ".join(done.out.split())
+    assert re.search(r"kill -9 \d+: the supervising process is gone\. Below it were alive: \d+ \S+, ", said)
+    assert re.search(r"the tree is empty: all \d+ ended within [0-2]\.\d\d s \(at most 3 s\)", said)
+    assert "the stale mark is on the disk" in said
+    assert "the index was stale: job" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,7 +10,7 @@ import pytest
 from supervise.cli import app
 from tests.cli.conftest import Cli
 
-COMMANDS = {"run": app.run, "demo": app.demo}
+COMMANDS = {"run": app.run, "demo": app.demo, "doctor": app.doctor}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
