@@ -27,9 +27,12 @@ from supervise.model import (
     IndexStatus,
     JobResult,
     JobSpec,
+    Leftover,
+    Limits,
     Outcome,
     StopPolicy,
     Survivor,
+    SweepReport,
     Usage,
     WatchMetrics,
 )
@@ -94,6 +97,15 @@ exit_statuses = st.builds(ExitStatus, code=st.integers(0, 255)) | st.sampled_fro
 )
 usages = of(Usage)
 survivors = of(Survivor)
+leftovers = of(Leftover)
+sweep_reports = of(
+    SweepReport,
+    found=st.lists(leftovers, max_size=2).map(tuple),
+    survivors=st.lists(survivors, max_size=2).map(tuple),
+)
+limits = st.builds(
+    Limits, memory_bytes=optional(st.integers(1 << 20, 1 << 50)), processes=optional(st.integers(1, 1 << 22))
+)
 watch_metrics = of(WatchMetrics)
 index_reports = of(IndexReport, metrics=watch_metrics)
 job_results = of(
@@ -130,6 +142,7 @@ def job_specs(workspace: Path, agents: st.SearchStrategy[Any] | None = None) -> 
         timeout=bounds,
         env=environments,
         user=optional(names),
+        limits=limits,
         labels=st.dictionaries(texts, texts, max_size=3),
     )
 

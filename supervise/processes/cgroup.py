@@ -1,6 +1,8 @@
 """Control groups, version 2: the one thing that no descendant can leave without privileges (cgroups(7)).
 
-A supervisor makes one group below the one that it is in itself, and a group in that for each tree. `cgroup.kill`
+A supervisor makes one group below the one that it is in itself, and a group in that for each tree. Limits need more:
+a controller can be enabled only in a group that no process is in, so the supervisor has to be in a subgroup of what
+is delegated to it (systemd: `Delegate=yes` and `DelegateSubgroup=`). `cgroup.kill`
 ends all that is in a group at once, also what guardian and zygote have lost.
 """
 
@@ -9,9 +11,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import final
+
+import trio
 
 from supervise.model import Limits
 
@@ -20,7 +25,10 @@ log = logging.getLogger("supervise.processes")
 PREFIX = "supervise-"
 
 #: Files that we must be able to write: to put a process in, and to end them all (since Linux 5.14).
-NEEDED = ("cgroup.procs", "cgroup.kill")
+PROCS, KILL = "cgroup.procs", "cgroup.kill"
+
+#: How long an emptied group may be in the way, in seconds: its last process is counted for a moment after its end.
+GONE = 1.0
 
 
 class NoCgroup(Exception):  # no error: a reason to do without
@@ -53,7 +61,7 @@ class Group:
         found: list[int] = []
         for directory in self._inside():
             try:
-                found += map(int, (directory / "cgroup.procs").read_text().split())
+                found += map(int, (directory / PROCS).read_text().split())
             except OSError:  # removed meanwhile; or not to be read, as in a threaded group
                 continue
         return found
@@ -61,7 +69,7 @@ class Group:
     def kill(self) -> None:
         """SIGKILL to all that is in it, whatever it does meanwhile."""
         try:
-            (self.path / "cgroup.kill").write_text("1")
+            (self.path / KILL).write_text("1")
         except OSError as error:
             if error.errno != errno.ENOENT:
                 log.warning("the cgroup %s could not be ended: %s", self.path, error.strerror)
@@ -84,43 +92,58 @@ class Group:
                 return False
         return True
 
+    async def remove_soon(self) -> bool:
+        """Remove it as soon as it is empty. Returns whether it is gone within `GONE` seconds."""
+        with trio.move_on_after(GONE):
+            while not self.remove():  # noqa: ASYNC110  # nobody tells
+                await trio.sleep(0.005)
+            return True
+        return False
+
     def limit(self, limits: Limits) -> None:
-        """Set limits for all in it together.
+        """Set limits for all in it together. It must be a group in the supervisor's own.
 
         Raises:
             NoLimit: the controllers are not there, or not ours to use.
         """
-        values = {
-            "memory": {} if limits.memory_bytes is None else {"memory.max": limits.memory_bytes, "memory.swap.max": 0},
-            "pids": {} if limits.processes is None else {"pids.max": limits.processes},
-        }
-        for controller in (name for name, files in values.items() if files):
+        files: list[tuple[str, int]] = []
+        if limits.memory_bytes is not None:
+            files += [("memory.max", limits.memory_bytes), ("memory.swap.max", 0)]
+        if limits.processes is not None:
+            files += [("pids.max", limits.processes)]
+        for file, value in files:
+            controller = file.partition(".")[0]
+            for above in (self.path.parent.parent, self.path.parent):
+                _enable(controller, above)
             try:
-                self._enable(controller)
-                for name, value in values[controller].items():
-                    if name != "memory.swap.max" or (self.path / name).exists():  # absent without swap accounting
-                        (self.path / name).write_text(str(value))
+                if file != "memory.swap.max" or (self.path / file).exists():  # absent without swap accounting
+                    (self.path / file).write_text(str(value))
             except OSError as error:
-                raise NoLimit(f"the {controller} controller cannot be used below {self._base()}: {error}") from None
-
-    def _base(self) -> Path:
-        """The group that ours were made in."""
-        return next(parent.parent for parent in (self.path, *self.path.parents) if parent.name.startswith(PREFIX))
-
-    def _enable(self, controller: str) -> None:
-        base = self._base()
-        if controller not in (base / "cgroup.controllers").read_text().split():
-            raise NoLimit(f"the {controller} controller is not available here: {base}/cgroup.controllers lacks it")
-        above = [base, *(each for each in self.path.parents if base in each.parents)][::1]
-        for directory in sorted(above, key=lambda each: len(each.parts)):
-            control = directory / "cgroup.subtree_control"
-            if controller not in control.read_text().split():
-                control.write_text(f"+{controller}")
+                raise NoLimit(f"{file} cannot be set in {self.path}: {error.strerror}") from None
 
     def _inside(self) -> Iterator[Path]:
         """This directory and those below it, parents first."""
         for directory, _, _ in os.walk(self.path):
             yield Path(directory)
+
+
+def _enable(controller: str, directory: Path) -> None:
+    """Let the groups in `directory` use a controller."""
+    try:
+        if controller not in (directory / "cgroup.controllers").read_text().split():
+            lacks = f"{directory}/cgroup.controllers lacks it"
+            raise NoLimit(f"the {controller} controller is not available here: {lacks}")
+        control = directory / "cgroup.subtree_control"
+        if controller not in control.read_text().split():
+            control.write_text(f"+{controller}")
+    except OSError as error:
+        why = (
+            "there are processes in it (DelegateSubgroup= of systemd helps)"
+            if error.errno == errno.EBUSY
+            else error.strerror
+        )
+        text = f"the {controller} controller is not available here: it cannot be enabled in {directory}: {why}"
+        raise NoLimit(text) from None
 
 
 def make(name: str) -> Group:
@@ -129,20 +152,36 @@ def make(name: str) -> Group:
     Raises:
         NoCgroup: it cannot, and why.
     """
-    base = own_directory()
-    for file in NEEDED[:1]:  # who moves a process needs the right in the group that both places have in common
-        if not os.access(base / file, os.W_OK):
-            raise NoCgroup(f"{base} is not ours to make groups in: no right to write {file}; have it delegated to us")
+    base = _base()
+    if not os.access(base / PROCS, os.W_OK):  # who moves a process needs the right in what both places have in common
+        raise NoCgroup(f"{base} is not ours to make groups in: no right to write {PROCS}; have it delegated to us")
     path = base / f"{PREFIX}{name}"
     try:
         path.mkdir()
     except OSError as error:
         raise NoCgroup(f"no group can be made in {base}: {error.strerror}") from None
-    missing = [file for file in NEEDED if not os.access(path / file, os.W_OK)]
-    if missing:
-        path.rmdir()
-        raise NoCgroup(f"{path} has no {missing[0]} that we may write (Linux 5.14 or newer is needed)")
+    for file in (PROCS, KILL):
+        if not os.access(path / file, os.W_OK):
+            path.rmdir()
+            raise NoCgroup(f"{path} has no {file} that we may write (Linux 5.14 or newer is needed)")
     return Group(path)
+
+
+def _base() -> Path:
+    """The group to make ours in: our own, or the one above, if systemd has delegated that (DelegateSubgroup=).
+
+    No process is in that one, so that controllers can be enabled in it.
+    """
+    own = own_directory()
+    above = own.parent
+    return above if _is_delegated(above) and not _is_delegated(own) and os.access(above / PROCS, os.W_OK) else own
+
+
+def _is_delegated(group: Path) -> bool:
+    try:
+        return os.getxattr(group, "user.delegate") == b"1"
+    except OSError:  # not said; or no group at all
+        return False
 
 
 def own_directory(proc: Path = Path("/proc/self")) -> Path:
@@ -152,20 +191,26 @@ def own_directory(proc: Path = Path("/proc/self")) -> Path:
         NoCgroup: no hierarchy of version 2 is mounted where we see it.
     """
     try:
-        ours = [line.rstrip("\n")[3:] for line in (proc / "cgroup").open() if line.startswith("0::")]
-        mounts = [line.split() for line in (proc / "mountinfo").open() if " - cgroup2 " in line]
+        ours = [line[3:] for line in _lines(proc / "cgroup") if line.startswith("0::")]
+        mounts = [line.split(" ") for line in _lines(proc / "mountinfo") if " - cgroup2 " in line]
     except OSError as error:
         raise NoCgroup(f"{proc} cannot be read: {error.strerror}") from None
     for fields in mounts if ours else ():
         root, mount = (_unescaped(field) for field in fields[3:5])  # proc(5), mountinfo
-        relative = os.path.relpath(ours[0], root)
+        try:
+            relative = PurePosixPath(ours[0]).relative_to(root)
+        except ValueError:  # it shows another part of the hierarchy
+            continue
         directory = Path(mount, relative)
-        if not relative.startswith("..") and directory.is_dir():
+        if ".." not in relative.parts and directory.is_dir():  # else we are outside of our cgroup namespace
             return directory
-    raise NoCgroup("no cgroup v2 hierarchy is mounted")
+    raise NoCgroup("no cgroup v2 hierarchy is mounted that shows the group of this process")
+
+
+def _lines(path: Path) -> list[str]:
+    return os.fsdecode(path.read_bytes()).split("\n")
 
 
 def _unescaped(field: str) -> str:
-    for code, text in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
-        field = field.replace(code, text)
-    return field
+    """Blank, tab, newline, backslash and # stand as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

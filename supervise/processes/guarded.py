@@ -7,8 +7,8 @@ session tier looks (marked.py), and a cgroup, where there is one, holds it all t
 from __future__ import annotations
 
 import errno
-import json
 import logging
+import marshal
 import os
 import signal
 import socket
@@ -22,7 +22,7 @@ from supervise.model import ExitStatus
 from supervise.processes import identity
 from supervise.processes.cgroup import Group, NoLimit
 from supervise.processes.containment import Command, Pipes
-from supervise.processes.helper import Helper, limits, send
+from supervise.processes.helper import Helper, Limits, changed_limits, send
 from supervise.processes.identity import Process
 from supervise.processes.marked import Marked
 from supervise.processes.program import credentials, find_program, spawn_error
@@ -96,6 +96,7 @@ class GuardianContainment:
         self._group: Group | None = None
         self._since = identity.now_in_ticks()
         self._control: socket.socket | None = None
+        self._limits: Limits = {}
         self._opened = trio.Event()
         self._news = trio.Event()
         self._guardian: tuple[int, int] | None = None  # pid and start, since it said hello
@@ -120,7 +121,7 @@ class GuardianContainment:
                 self._group = self._make_group()
         except NoLimit as error:
             name = command.argv[0]
-            raise SpawnError(name, "limit", f"{name!r} was not started with its limits: {error}") from None
+            raise SpawnError(name, "limit", f"{name!r} was not started: {error}") from None
         answer = await self._ask(program, pipes)
         if answer is None and self._guardian is None:  # it was never there, so nothing was started: once more
             answer = await self._ask(program, pipes)
@@ -130,16 +131,18 @@ class GuardianContainment:
             raise _refused(command, answer["errno"], answer["stage"])
         return self._leaders[answer["pid"]]
 
-    async def _ask(self, program: bytes, pipes: Pipes) -> Message | None:
+    async def _ask(self, program: Message, pipes: Pipes) -> Message | None:
         """The guardian's answer; None if it was killed, or does not answer."""
         if self._control is None:
-            self._control = await self._helper.ask(None if self._group is None else self._group.path)
+            self._control = await self._helper.ask()
+            self._limits = self._helper.limits()
             self._opened.set()
         self._spawns += 1
         number = self._spawns
-        memory = _memory(program)
+        memory = _memory(marshal.dumps({**program, "limits": changed_limits(self._limits)}))
         try:
-            request = json.dumps({"op": "spawn", "id": number}).encode()
+            path = None if self._group is None else str(self._group.path)
+            request = marshal.dumps({"op": "spawn", "id": number, "cgroup": path})
             send(self._control, request, [memory, pipes.stdin, pipes.stdout, pipes.stderr])
         except (BrokenPipeError, ConnectionResetError):
             self._answers[number] = None  # it is dead: the reader will find out, too
@@ -168,7 +171,7 @@ class GuardianContainment:
                 if not data:
                     self._lose()
                     break
-                self._hear(json.loads(data))
+                self._hear(marshal.loads(data))
             self._news.set()
             self._news = trio.Event()
 
@@ -197,16 +200,14 @@ class GuardianContainment:
                 self._helper.record.enter(self._token, self._leaders, keepers)
             case "refused":
                 self._answers[message["id"]] = message
-            case "exited":
-                code = message["code"]
-                status = ExitStatus(code=code) if code >= 0 else ExitStatus.of_signal(-code)
-                self._leaders[message["pid"]].end(status)
+            case "ended":
+                for pid, code in message["leaders"]:
+                    self._leaders[pid].end(ExitStatus(code=code) if code >= 0 else ExitStatus.of_signal(-code))
+                self._told_empty = message["empty"]
             case "signalled":
                 self._unanswered[:1] = []
                 denied = "it could not be signalled: Operation not permitted"
                 self._denied.update(dict.fromkeys(message["denied"], denied))
-            case "empty":
-                self._told_empty = message["spawned"]
 
     def _lose(self) -> None:
         """The guardian is dead. The zygote ends what it has left; if that is dead, too, we do."""
@@ -241,11 +242,14 @@ class GuardianContainment:
         if self._lost is not None:
             self._helper.rouse()
             return self._lost.signal(number)
-        self._tell(number, None)
         try:
-            return len(self.members())
+            count = len(self.members())  # before they end
         except OSError:  # no descriptor is free to count them; the guardian needs none
-            return sum(leader.status is None for leader in self._leaders.values())
+            count = sum(leader.status is None for leader in self._leaders.values())
+        if self._group is not None and number == signal.SIGKILL:
+            self._group.kill()  # the kernel's own, against which nobody can fork
+        self._tell(number, None)
+        return count
 
     def signal_group(self, leader: int, number: int) -> None:
         if self._lost is None:
@@ -295,7 +299,7 @@ class GuardianContainment:
         self._unanswered.append(now)
         if self._control is not None:
             try:
-                send(self._control, json.dumps({"op": "signal", "number": number, "group": leader}).encode())
+                send(self._control, marshal.dumps({"op": "signal", "number": int(number), "group": leader}))
             except (BrokenPipeError, ConnectionResetError, BlockingIOError):
                 return  # the reader finds out; or it is stopped and its queue is full of the same
         self.rouse()
@@ -308,6 +312,8 @@ class GuardianContainment:
         return identity.descendants(pid) if now is not None and now.start == start else []
 
     def _signal_guardian(self, number: int) -> None:
+        if self._pidfd is None and self._guardian is not None:  # no descriptor was free when it said hello
+            self._pidfd = _pidfd_of(*self._guardian)
         if self._pidfd is not None:
             try:
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -331,32 +337,29 @@ def _memory(data: bytes) -> int:
     return memory
 
 
-def _program(command: Command, marker: dict[str, str]) -> bytes:
+def _program(command: Command, marker: dict[str, str]) -> Message:
     """What the guardian has to know of a program."""
     path = find_program(command)
     user = credentials(command)
     try:
-        program = {
+        return {
             "path": _raw(path),
             "argv": [_raw(word) for word in command.argv],
             "env": {_raw(name): _raw(value) for name, value in {**command.env, **marker}.items()},
             "cwd": _raw(command.cwd),
             "umask": _umask(),
-            "limits": limits(),
             "user": None if user is None else [user.uid, user.gid, user.groups],
         }
     except ValueError as error:
         name = command.argv[0]
         raise SpawnError(name, "other", f"the program {name!r} was not started: {error}") from None
-    return json.dumps(program).encode()
 
 
-def _raw(text: str) -> str:
-    """The bytes of a text as the text of the same code points: JSON has no bytes."""
+def _raw(text: str) -> bytes:
     data = os.fsencode(text)
     if b"\0" in data:
         raise ValueError("embedded null byte")
-    return data.decode("latin-1")
+    return data
 
 
 def _umask() -> int:
@@ -390,7 +393,10 @@ def _pidfd_of(pid: int, start: int) -> int | None:
         pidfd = os.pidfd_open(pid)
     except OSError:  # it is gone, which its socket tells; or no descriptor is free
         return None
-    now = identity.read(pid)
+    try:
+        now = identity.read(pid)
+    except OSError:  # that was the last descriptor
+        now = None
     if now is not None and now.start == start:
         return pidfd
     os.close(pidfd)

@@ -1,7 +1,7 @@
 """The guardian and its zygote: who owns a tree of processes when nobody else can.
 
-Run as `python -I -S guardian.py REQUESTS LIFELINE LOOK [CGROUP]`: two descriptors, how to find children ("file", or
-"scan" where the kernel has no such file), the supervisor's cgroup. Standard library only; one thread, so it may fork.
+Run as `python -I -S guardian.py REQUESTS LIFELINE file|scan [CGROUP]`: two descriptors, how children are found, and
+the supervisor's cgroup. Standard library only; one thread, so it may fork.
 
 The **zygote** is started once by a supervisor. For each tree it forks a **guardian**, the child subreaper (prctl(2))
 of all that it starts: who loses its parent becomes the guardian's child, whatever it did to its session, group and
@@ -12,17 +12,16 @@ Both watch two lifelines: a socket whose other end the supervisor holds, and a p
 process that its host forked would keep the socket open. When the supervisor is gone, a guardian ends its tree
 (SIGTERM, a grace, SIGKILL until it is empty) and then itself; the zygote ends when it has no child left.
 
-Messages are datagrams of JSON on SOCK_SEQPACKET sockets, with descriptors beside them.
+Messages are marshalled dicts on SOCK_SEQPACKET, with descriptors: with json's modules, each fork would be dearer.
 
-    to the zygote      {"grace": seconds, "cgroup": path | null}   + the guardian's socket
-    to a guardian      {"op": "spawn", "id"}   + memfd that tells the program, stdin, stdout, stderr
-                       {"op": "signal", "number", "group": leader | null}
+    to the zygote      {"grace": seconds}   + the guardian's socket
+    to a guardian      {"op": "spawn", "id", "cgroup": path | None}   + memfd that tells the program, and its streams
+                       {"op": "signal", "number", "group": leader | None}
     from a guardian    {"op": "hello", "pid", "start"}
                        {"op": "started", "id", "pid", "start"}
                        {"op": "refused", "id", "errno", "stage"}      nothing is left of that attempt
-                       {"op": "exited", "pid", "code"}                a leader, as soon as it has ended; -9 is SIGKILL
+                       {"op": "ended", "leaders": [(pid, code), …], "empty": so many spawns left nothing}   -9: SIGKILL
                        {"op": "signalled", "denied": [pid, …]}        one for each "signal"
-                       {"op": "empty", "spawned"}                     ECHILD; so many were started by then
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from __future__ import annotations
 import array
 import ctypes
 import errno
-import json
+import marshal
 import math
 import os
 import resource
@@ -51,9 +50,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 4, 1
 SYS_CLONE3, CLONE_INTO_CGROUP = 435, 0x200000000
 
 SETTABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-# Whatever else a terminal, an orphaned group or a careless kill sends is ignored.
-HEARD = {signal.SIGCHLD, signal.SIGCONT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
-SCAN = False
+FATAL = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGCONT}
+SCAN, PARENT, START = False, 1, 19
 SHORT, LONG = 0.02, 1.0  # seconds between rounds of SIGKILL that find nobody new: they grow from one to the other
 
 
@@ -63,7 +61,7 @@ def prctl(option: int, value: int | bytes) -> None:
 
 
 def clone_into(group: int) -> int:
-    """fork(2), but the child starts inside the cgroup: 0.4 ms, where joining it takes 11. -1 if that fails."""
+    """fork(2) into a cgroup: 0.4 ms, where joining it later takes 11. -1 if that fails."""
     args = array.array("Q", [CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, group])
     address = ctypes.c_void_p(args.buffer_info()[0])
     return int(LIBC.syscall(ctypes.c_long(SYS_CLONE3), address, ctypes.c_size_t(8 * len(args))))
@@ -74,38 +72,31 @@ def receive(sock: socket.socket) -> tuple[Message, Fds] | None:
     fds = array.array("i")
     try:
         # Descriptors come without close-on-exec unless asked for, see recvmsg(2).
-        data, ancillary, flags, _ = sock.recvmsg(65536, socket.CMSG_SPACE(8 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = sock.recvmsg(4096, socket.CMSG_SPACE(8 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:  # the peer ended with a message of ours unread
         return None
     for _, _, payload in ancillary:
         fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    return ({**json.loads(data), "truncated": bool(flags & socket.MSG_CTRUNC)}, fds) if data else None
+    return ({**marshal.loads(data), "truncated": bool(flags & socket.MSG_CTRUNC)}, fds) if data else None
 
 
 def fields(path: str) -> list[bytes]:
     """What a file in /proc holds, after the name of the program, which may hold anything."""
     try:
         with open(f"/proc/{path}", "rb", buffering=0) as file:
-            return file.read(1 << 20).rpartition(b") ")[2].split()
+            return file.read().rpartition(b") ")[2].split()
     except (FileNotFoundError, ProcessLookupError):  # a read says ESRCH when its process has gone
         return []
 
 
-def parent(pid: int | str) -> int:
-    return int((fields(f"{pid}/stat") or [b"", b"0"])[1])
+def stat(pid: int | str, index: int) -> int:
+    """A field of /proc/PID/stat, counted from the state on; -1 if there is no such process."""
+    return int((fields(f"{pid}/stat") or [b"-1"] * 20)[index])
 
 
-def everybody() -> dict[int, list[int]] | None:
-    """Who is whose child, for kernels without the file that `offspring` reads. Slower, and sooner outdated."""
-    found: dict[int, list[int]] = {}
-    for name in filter(str.isdigit, os.listdir("/proc") if SCAN else []):
-        found.setdefault(parent(name), []).append(int(name))
-    return found if SCAN else None
-
-
-def offspring(pid: int, known: dict[int, list[int]] | None) -> list[int]:
-    if known is not None:
-        return known.get(pid, [])
+def offspring(pid: int) -> list[int]:
+    if SCAN:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and stat(name, PARENT) == pid]
     try:  # it may end meanwhile: its children are somebody else's then, and the next look finds them
         threads = os.listdir(f"/proc/{pid}/task")
     except (FileNotFoundError, ProcessLookupError):
@@ -113,22 +104,11 @@ def offspring(pid: int, known: dict[int, list[int]] | None) -> list[int]:
     return [int(child) for thread in threads for child in fields(f"{pid}/task/{thread}/children")]
 
 
-def remove_group(path: str, patience: float = 1.0) -> None:
-    try:
-        os.rmdir(path)
-    except OSError as error:
-        if error.errno == errno.EBUSY and patience > 0:  # for a moment after the end of its last process
-            time.sleep(0.005)
-            remove_group(path, patience - 0.005)
-
-
 def exec_child(program: Message, streams: Fds, report: int, guardian: int, join: int | None) -> NoReturn:
     """The child, between fork and exec."""
     stage = "start"
     try:
         os.setsid()
-        for number in SETTABLE:
-            signal.signal(number, signal.SIG_DFL)
         if join is not None:
             stage = "cgroup"
             os.write(os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=join), b"0")
@@ -145,17 +125,14 @@ def exec_child(program: Message, streams: Fds, report: int, guardian: int, join:
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
         stage = "cwd"
-        # Bytes travel as the text of the same code points: JSON has none, and the file system's encoding may differ.
-        path, cwd, *argv = (text.encode("latin-1") for text in (program["path"], program["cwd"], *program["argv"]))
-        env = {name.encode("latin-1"): text.encode("latin-1") for name, text in program["env"].items()}
-        os.chdir(cwd)
+        os.chdir(program["cwd"])
         stage = "exec"
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last, because setuid clears it
         if os.getppid() != guardian:  # it ended before that
             os.kill(os.getpid(), signal.SIGKILL)
-        os.execve(path, argv, env)  # noqa: S606  # a shell is what nobody wants here
+        os.execve(program["path"], program["argv"], program["env"])  # noqa: S606  # a shell is what nobody wants here
     except BaseException as error:  # a ValueError, say, of a limit that makes no sense
-        os.write(report, json.dumps({"errno": getattr(error, "errno", errno.EINVAL), "stage": stage}).encode())
+        os.write(report, marshal.dumps({"errno": getattr(error, "errno", errno.EINVAL), "stage": stage}))
     finally:
         os._exit(127)
 
@@ -179,7 +156,7 @@ def fork_child(program: Message, streams: Fds, group: int | None) -> tuple[int, 
     if not text:
         return pid, None
     os.waitpid(pid, 0)
-    return 0, json.loads(text)
+    return 0, marshal.loads(text)
 
 
 class Keeper:
@@ -189,16 +166,11 @@ class Keeper:
         self.sock, self.lifeline, self.cgroup = sock, lifeline, cgroup
         self.alone = False  # the supervisor is gone
         self.kill_at, self.pause = math.inf, SHORT
-        self.forked: set[int] = set()  # by ourselves: leaders, or guardians
-        self.struck: set[int] = set()
-        self.denied: set[int] = set()
+        self.forked = set[int]()  # by ourselves: leaders, or guardians
+        self.struck, self.denied, self.exits = set[int](), set[int](), list[tuple[int, int]]()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         prctl(PR_SET_DUMPABLE, 0)  # environments pass through here: not to be read
         prctl(PR_SET_NAME, f"sv-{type(self).__name__.lower()}".encode())
-        for number in SETTABLE - HEARD:
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.wakeup, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
@@ -219,8 +191,11 @@ class Keeper:
                 finally:
                     for fd in message[1]:
                         os.close(fd)
-        if self.cgroup is not None:
-            remove_group(self.cgroup)
+        for _ in range(200 if self.cgroup is not None else 0):  # it is busy for a moment after its last process
+            try:
+                return os.rmdir(str(self.cgroup))
+            except OSError:
+                time.sleep(0.005)
 
     def wait(self) -> set[int]:
         poll = select.poll()
@@ -236,76 +211,88 @@ class Keeper:
         """Take in whoever has ended. Returns whether no child is left."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 self.kill_at, self.pause = math.inf, SHORT
                 return True
             if pid == 0:
                 return False
-            if pid in self.forked:
+            if os.WIFSTOPPED(status):
+                self.stopped(pid)
+            elif pid in self.forked:
                 self.forked.discard(pid)
-                self.ended(pid, os.waitstatus_to_exitcode(status))
+                self.exits.append((pid, os.waitstatus_to_exitcode(status)))
 
     def kill(self) -> None:
-        """One round of SIGKILL: who forks meanwhile is found by the next one."""
-        found, new = self.victims(), False
-        for pid in found:
-            new |= self.send(pid, signal.SIGKILL, {os.getpid(), *found}) and pid not in self.struck
-        self.struck = set(found)
-        # At once again while there is progress. Who is left sleeps in the kernel, or is not ours to end.
+        """One round of SIGKILL, at once again while there is progress: to win against who forks as fast as it can."""
+        own, new, groups = self.own(), False, {os.getpgrp()}
+        for pid in reversed(own):  # the newest forks next; no pid here is a stranger's before we have reaped it
+            try:
+                if (group := os.getpgid(pid)) not in groups:
+                    groups.add(group)
+                    os.killpg(group, signal.SIGKILL)  # all at once: no fork can slip through
+                os.kill(pid, signal.SIGKILL)
+                new |= pid not in self.struck
+            except OSError:  # it became another user's, and is neither hurried nor forgotten
+                self.denied.add(pid)
+        if not new:  # who is left sleeps in the kernel, or is not ours to end: but what is below it may be
+            found = self.victims()
+            for pid in set(found) - set(own):
+                self.send(pid, signal.SIGKILL, {os.getpid(), *found})
+        self.struck = set(own)
         self.pause = SHORT if new else min(LONG, self.pause * 1.5)
         self.kill_at = time.monotonic() + (0 if new else self.pause)
 
-    def send(self, pid: int, number: int, family: set[int]) -> bool:
-        """Signal one process of the tree. Returns whether it was."""
+    def own(self) -> list[int]:
+        """Children that shall end. What is below them becomes ours when they do."""
+        return offspring(os.getpid())
+
+    def victims(self, until: float = math.inf) -> list[int]:
+        """They, and all that is below them, as far as that can be read in time."""
+        found = self.own()
+        for pid in found:  # which grows meanwhile
+            found += offspring(pid) if time.monotonic() < until else []
+        return found
+
+    def send(self, pid: int, number: int, family: set[int]) -> None:
+        """Signal one process of the tree."""
         try:
             pidfd = os.pidfd_open(pid)
             try:
                 # Its parent may have reaped it since it was found, and the number gone to a stranger.
-                if parent(pid) not in family:
-                    return False
-                signal.pidfd_send_signal(pidfd, number)
-                signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # a stopped process holds a SIGTERM pending
+                if stat(pid, PARENT) in family:
+                    signal.pidfd_send_signal(pidfd, number)
+                    signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # a stopped process holds a SIGTERM pending
             finally:
                 os.close(pidfd)
         except OSError as error:  # it has ended; or it became another user's, and is neither hurried nor forgotten
             if error.errno == errno.EPERM:
                 self.denied.add(pid)
-            return False
-        return True
 
     def obey(self, message: Message, fds: Fds) -> None: ...
     def be_alone(self) -> None: ...
-    def ended(self, pid: int, code: int) -> None: ...
-    def victims(self) -> list[int]:
-        return []
+    def stopped(self, pid: int) -> None: ...
 
 
 class Guardian(Keeper):
     """Owns one tree."""
 
     def __init__(self, sock: socket.socket, lifeline: int, request: Message) -> None:
-        super().__init__(sock, lifeline, request["cgroup"])
-        self.group = None if self.cgroup is None else os.open(self.cgroup, os.O_RDONLY | os.O_CLOEXEC)
+        super().__init__(sock, lifeline, None)
+        self.group: int | None = None
         self.grace, self.spawned, self.told_empty = request["grace"], 0, 0
-        self.say(op="hello", pid=os.getpid(), start=int(fields("self/stat")[19]))
+        self.say(op="hello", pid=os.getpid(), start=stat("self", START))
 
     def say(self, **message: object) -> None:
         try:
-            self.sock.send(json.dumps(message).encode())
+            self.sock.send(marshal.dumps(message))
         except OSError:  # the supervisor is gone: the lifelines tell, too
             pass
 
-    def victims(self) -> list[int]:
-        known = everybody()
-        found = list(offspring(os.getpid(), known))
-        for pid in found:  # which grows meanwhile
-            found += offspring(pid, known)
-        return found
-
     def be_alone(self) -> None:
-        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
-        self.signal_all(signal.SIGTERM)
+        if self.told_empty != self.spawned:
+            self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+            self.signal_all(signal.SIGTERM)
 
     def obey(self, message: Message, fds: Fds) -> None:
         if message["op"] == "signal":
@@ -315,12 +302,15 @@ class Guardian(Keeper):
         self.kill_at = math.inf
         problem: Message | None = {"errno": errno.EMFILE, "stage": "start"}
         if len(fds) == 4 and not message["truncated"]:  # else no descriptor was free for all
-            program = json.loads(os.pread(fds[0], os.fstat(fds[0]).st_size, 0))
+            if self.cgroup is None and message["cgroup"] is not None:
+                self.cgroup = message["cgroup"]
+                self.group = os.open(self.cgroup, os.O_RDONLY | os.O_CLOEXEC)
+            program = marshal.loads(os.pread(fds[0], os.fstat(fds[0]).st_size, 0))
             pid, problem = fork_child(program, fds[1:], self.group)
         if problem is None:
             self.forked.add(pid)
             self.spawned += 1
-            self.say(op="started", id=message["id"], pid=pid, start=int(fields(f"{pid}/stat")[19]))
+            self.say(op="started", id=message["id"], pid=pid, start=stat(pid, START))
         else:
             self.say(op="refused", id=message["id"], **problem)
 
@@ -337,35 +327,43 @@ class Guardian(Keeper):
 
     def signal_all(self, number: int) -> None:
         told: set[int] = set()
-        for _ in range(16):  # a file of children that is read while some end may miss others: look again
-            found = self.victims()
-            if told.issuperset(found):
-                return
+        until = time.monotonic() + LONG  # it may grow faster than we can tell it
+        while not told.issuperset(found := self.victims(until)):  # a look while some end may miss others: look again
+            family = {os.getpid(), *found}
             for pid in set(found) - told:
-                self.send(pid, number, {os.getpid(), *found})
+                if time.monotonic() > until:
+                    return
+                self.send(pid, number, family)
             told.update(found)
-
-    def ended(self, pid: int, code: int) -> None:
-        self.say(op="exited", pid=pid, code=code)
 
     def reap(self) -> bool:
         empty = super().reap()
-        if empty and self.told_empty != self.spawned:
-            self.told_empty = self.spawned
-            self.say(op="empty", spawned=self.spawned)
+        if self.exits or (empty and self.told_empty != self.spawned):
+            self.told_empty = self.spawned if empty else self.told_empty
+            self.say(op="ended", leaders=self.exits, empty=self.told_empty)
+            self.exits.clear()
         return empty
 
 
 class Zygote(Keeper):
     """Forks guardians, and ends what a killed one leaves."""
 
-    def victims(self) -> list[int]:
-        return [pid for pid in offspring(os.getpid(), everybody()) if pid not in self.forked]
+    hunting = False
+
+    def stopped(self, pid: int) -> None:
+        """A guardian goes on at once: with its tree empty nobody else would see to that, and it would never end."""
+        if pid in self.forked:  # not reaped yet, so that the pid is its own
+            os.kill(pid, signal.SIGCONT)
+
+    def own(self) -> list[int]:
+        return [pid for pid in super().own() if pid not in self.forked]
 
     def reap(self) -> bool:
         empty = super().reap()
-        if not self.victims():
-            self.kill_at, self.pause = math.inf, SHORT
+        self.hunting |= any(code != 0 for _, code in self.exits)  # of those who end well, nobody is left
+        self.exits.clear()
+        if not self.hunting or not self.own():
+            self.hunting, self.kill_at, self.pause = False, math.inf, SHORT
         elif self.kill_at == math.inf:
             self.kill_at = 0
         return empty
@@ -385,15 +383,19 @@ class Zygote(Keeper):
             for fd in (*fds, self.sock.fileno(), self.wakeup, signal.set_wakeup_fd(-1)):
                 os.close(fd)
             Guardian(control, self.lifeline, message).run()
-            os._exit(0)
         except BaseException:
             sys.excepthook(*sys.exc_info())
-        finally:
             os._exit(1)
+        os._exit(0)
 
 
 if __name__ == "__main__":
     requests, lifeline, SCAN = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "scan"
     for each in (requests, lifeline):
         os.set_inheritable(each, False)
+    # What a terminal, an orphaned group or a careless kill sends does nothing. Not SIG_IGN: exec would keep it, and
+    # resetting sixty signals in each child takes longer than its fork.
+    for number in SETTABLE:
+        signal.signal(number, signal.SIG_DFL if number in FATAL else lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     Zygote(socket.socket(fileno=requests), lifeline, sys.argv[4] if len(sys.argv) > 4 else None).run()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import array
-import json
 import logging
+import marshal
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from supervise.processes import guardian, identity
 from supervise.processes.identity import Process
 from supervise.processes.marked import MARK
 from supervise.processes.records import Record
+from supervise.processes.session import spawning
 
 log = logging.getLogger("supervise.processes")
 
@@ -31,6 +33,10 @@ PROGRAM = guardian.__file__
 KEPT = ("LD_LIBRARY_PATH", MARK)
 
 ZYGOTE = "zygote"
+
+LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+
+Limits = dict[int, tuple[int, int] | None]
 
 
 @final
@@ -57,26 +63,49 @@ class Helper:
         self._starting = trio.Lock()
         self._running: _Running | None = None
         self._earlier: list[_Running] = []
+        self._spare: socket.socket | None = None
 
-    async def ask(self, cgroup: Path | None) -> socket.socket:
+    async def ask(self) -> socket.socket:
         """Ask for a guardian. Returns our end of its socket; if it is closed before it says hello, there is none.
+
+        One is forked in advance, so that whoever asks need not wait for the fork.
 
         Raises:
             OSError: no descriptor or process is free for it.
         """
+        try:
+            running = await self.start()
+            if self._spare is not None and _is_closed(self._spare):  # it was killed meanwhile
+                self._spare.close()
+                self._spare = None
+            control = self._spare if self._spare is not None else self._request(running)
+        except (BrokenPipeError, ConnectionResetError, BlockingIOError):  # it was killed; or stopped for long
+            self._drop()
+            control = self._request(await self.start())
+        self._spare = None
+        self._fork_in_advance()
+        return control
+
+    async def warm(self) -> None:
+        """Start it, with a guardian, before somebody waits for them."""
+        try:
+            await self.start()
+        except OSError:  # whoever asks will be told
+            return
+        self._fork_in_advance()
+
+    def _fork_in_advance(self) -> None:
+        try:
+            if self._running is not None and self._spare is None:
+                self._spare = self._request(self._running)
+        except OSError:  # the next one who asks will be told, if it is still so
+            return
+
+    def _request(self, running: _Running) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             ours.setblocking(False)
-            request = json.dumps({"grace": self._grace, "cgroup": None if cgroup is None else str(cgroup)}).encode()
-            for again in (True, False):
-                running = await self.start()
-                try:
-                    send(running.requests, request, [theirs.fileno()])
-                    break
-                except (BrokenPipeError, ConnectionResetError, BlockingIOError):  # killed; or stopped for long
-                    self._drop()
-                    if not again:
-                        raise
+            send(running.requests, marshal.dumps({"grace": self._grace}), [theirs.fileno()])
         except BaseException:
             ours.close()
             raise
@@ -91,17 +120,31 @@ class Helper:
             if running is not None and running.identity == _identity() and running.popen.poll() is None:
                 return running
             self._drop()
-            self._running = await trio.to_thread.run_sync(partial(_start, self.scan, self.cgroup))
+            start = partial(_start, self.scan, self.cgroup)
+            self._running = await trio.to_thread.run_sync(start, limiter=spawning())
             self.record.enter(ZYGOTE, [], [(self._running.popen.pid, self._running.start)])
             return self._running
+
+    def limits(self) -> Limits:
+        """The resource limits of the guardian that was asked for last: its zygote's."""
+        return {} if self._running is None else self._running.limits
 
     def orphans(self) -> list[Process]:
         """What is alive below the zygote and below none of its guardians: a guardian that was killed has left it."""
         found: list[Process] = []
+        guardians = self.guardians | self._in_advance()
         for running in (self._running, *self._earlier):
-            if running is not None:
-                found += [p for p in identity.descendants(running.popen.pid, without=self.guardians) if p.alive]
+            if running is not None and running.popen.poll() is None:  # else its pid may be a stranger's
+                found += [p for p in identity.descendants(running.popen.pid, without=guardians) if p.alive]
         return found
+
+    def _in_advance(self) -> set[int]:
+        """The guardian that has no tree yet: what it said is kept for the one that takes it."""
+        try:
+            hello = b"" if self._spare is None else self._spare.recv(4096, socket.MSG_PEEK)
+        except OSError:  # it has said nothing yet; or it was killed
+            hello = b""
+        return {marshal.loads(hello)["pid"]} if hello else set()
 
     def rouse(self) -> None:
         """If somebody has stopped it, it goes on."""
@@ -127,6 +170,9 @@ class Helper:
 
     def _drop(self) -> None:
         """Ask nothing more of the one that runs: it ends when its guardians have."""
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
         if self._running is not None:
             self._running.requests.close()
             self._earlier.append(self._running)
@@ -141,6 +187,7 @@ class _Running:
         self.popen = popen
         self.requests = requests
         self.identity = _identity()
+        self.limits: Limits = {**_limits(), resource.RLIMIT_CORE: None}  # nobody's is what children shall have
         self.complaints = complaints
         process = identity.read(popen.pid)
         self.start = process.start if process else -1
@@ -167,7 +214,12 @@ class _Running:
     async def _ended(self) -> None:
         if self.popen.poll() is not None:
             return
-        pidfd = os.pidfd_open(self.popen.pid)
+        try:
+            pidfd = os.pidfd_open(self.popen.pid)
+        except OSError:  # no descriptor is free: nobody tells
+            while self.popen.poll() is None:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+            return
         try:
             await trio.lowlevel.wait_readable(pidfd)
         finally:
@@ -195,7 +247,12 @@ def _start(scan: bool, cgroup: Path | None) -> _Running:
             pass_fds=(theirs.fileno(), lifeline),
             start_new_session=True,
         )
-        return _Running(popen, ours, complaints)
+        try:
+            return _Running(popen, ours, complaints)
+        except BaseException:  # that was the last descriptor
+            popen.kill()
+            popen.wait()
+            raise
     except BaseException:
         ours.close()
         if complaints >= 0:
@@ -207,20 +264,30 @@ def _start(scan: bool, cgroup: Path | None) -> _Running:
             os.close(lifeline)
 
 
+def _is_closed(sock: socket.socket) -> bool:
+    """Whether the other end is gone, whatever it has said before."""
+    poll = select.poll()
+    poll.register(sock, 0)  # asks for nothing, so that only a hangup is told
+    return bool(poll.poll(0))
+
+
 def send(sock: socket.socket, message: bytes, descriptors: Iterable[int] = ()) -> None:
     """One message, at once."""
     passed = array.array("i", descriptors)
     sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)] if passed else [])
 
 
-def limits() -> list[tuple[int, int, int]]:
-    """All our resource limits: a zygote has those of its start. No core dumps: they would hold keys, and be left."""
-    numbers = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
-    found = [(number, *resource.getrlimit(number)) for number in sorted(numbers)]
-    return [(number, 0, 0) if number == resource.RLIMIT_CORE else (number, soft, hard) for number, soft, hard in found]
+def changed_limits(known: Limits) -> list[tuple[int, int, int]]:
+    """Our resource limits that a guardian with these has to set for its children."""
+    return [(number, *pair) for number, pair in _limits().items() if known.get(number) != pair]
+
+
+def _limits() -> dict[int, tuple[int, int]]:
+    """Our resource limits. No core dumps: they would hold keys, and be left behind."""
+    return {number: resource.getrlimit(number) for number in LIMITS} | {resource.RLIMIT_CORE: (0, 0)}
 
 
 def _identity() -> tuple[Any, ...]:
     """What a zygote has from us for good: who we are, and what no child of its may exceed."""
-    hard = tuple(hard for _, _, hard in limits())
+    hard = tuple(hard for _, hard in _limits().values())
     return (os.getresuid(), os.getresgid(), tuple(os.getgroups()), hard)

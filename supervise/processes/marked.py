@@ -64,6 +64,11 @@ class Look:
         process = self.processes.get(pid)
         return process is not None and process.start != start
 
+    def shows(self, pid: int, start: int) -> bool:
+        """Whether this process is there, be it as a zombie."""
+        process = self.processes.get(pid)
+        return process is not None and process.start == start
+
     def again(self) -> Look:
         """Another look, at what is new since this one."""
         if self._again is None:
@@ -116,6 +121,7 @@ class Marked:
         lost: pid and start (ticks) of processes of the tree that somebody else has started: they may have ended, and
             their pids may be strangers' by now.
         group: the cgroup of the tree.
+        keepers: pid and start of processes that are none of the tree, but whose children are.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class Marked:
         since: int | None = None,
         lost: Iterable[tuple[int, int]] | None = None,
         group: Group | None = None,
+        keepers: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.token = token
         self.since = identity.now_in_ticks() if since is None else since
@@ -134,6 +141,7 @@ class Marked:
         self._is_lost = lost is not None  # to be looked for, though we have started nothing
         self._lost = dict(self._known)
         self._group = group
+        self._keepers = set(keepers)
         self._not_ours: dict[int, str] = {}
         self._reserve: list[int] = []
         self._shared = shared()
@@ -170,7 +178,7 @@ class Marked:
 
     def _members(self, look: Look) -> list[Process]:
         token = self.token.encode()
-        leaders = self._held | {pid for pid, start in self._lost.items() if not look.is_strangers(pid, start)}
+        leaders = self._held | {pid for pid, start in self._lost.items() if self._leads(look, pid, start)}
         found = {process.pid: process for leader in leaders for process in look.near.get(leader, ())}
         for pid, start in self._known:
             if (process := look.processes.get(pid)) is not None and process.start == start:
@@ -181,10 +189,10 @@ class Marked:
         for pid in self._group.pids() if self._group else ():
             if (member := look.processes.get(pid) or identity.read(pid)) is not None:
                 found[pid] = member
-        new = list(found)
+        new = [*found, *(pid for pid, start in self._keepers if look.shows(pid, start))]
         while new:  # children of members are members, whatever they did to their session and environment
             for child in look.children.get(new.pop(), ()):
-                if child.pid not in found:
+                if child.pid not in found and (child.pid, child.start) not in self._keepers:
                     found[child.pid] = child
                     new.append(child.pid)
         members = [found[pid] for pid in sorted(found) if found[pid].alive]
@@ -192,6 +200,10 @@ class Marked:
         known = {(member.pid, member.start) for member in members}
         self._known = self._known | known if look.is_second else known
         return members
+
+    def _leads(self, look: Look, pid: int, start: int) -> bool:
+        """Whether the session of a leader that we do not hold is still the tree's."""
+        return not look.is_strangers(pid, start)
 
     def signal(self, number: int) -> int:
         members = self.members()

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import secrets
-import shutil
+import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +27,7 @@ from attrs import frozen
 
 from supervise import durable
 from supervise.processes import identity
+from supervise.processes.cgroup import PREFIX
 
 log = logging.getLogger("supervise.processes")
 
@@ -39,6 +40,9 @@ NEW = ".new-"
 BEING_MADE = 60.0
 
 PidStart = tuple[int, int]
+
+#: The locks that this process holds. A child that the host forks must not hold them on when we are gone.
+_held: set[int] = set()
 
 
 @final
@@ -58,7 +62,6 @@ class Record:
         new.mkdir(mode=0o700)
         self.directory = runs / self.id
         self._complained = False
-        self._lock = _locked(new / LOCK)
         self._owner: dict[str, Any] = {
             "boot_id": boot_id(),
             "pid": os.getpid(),
@@ -66,12 +69,18 @@ class Record:
             "since": identity.now_in_ticks(),
             "cgroup": None,
         }
-        durable.replace(new / OWNER, json.dumps(self._owner).encode(), durable=False)
-        # Only now: a sweep never sees a record whose lock is not yet taken.
-        new.rename(self.directory)
+        self._lock = _locked(new / LOCK)
+        try:
+            durable.replace(new / OWNER, json.dumps(self._owner).encode(), durable=False)
+            # Only now: a sweep never sees a record whose lock is not yet taken.
+            new.rename(self.directory)
+        except BaseException:
+            _discard(new)
+            self._unlock()
+            raise
 
     def set_cgroup(self, path: Path) -> None:
-        """Where the groups of all trees are. Written before there is one."""
+        """Where the groups of all trees are. Written before a process is in one."""
         self._owner["cgroup"] = str(path)
         self._write(OWNER, self._owner)
 
@@ -100,10 +109,13 @@ class Record:
             return
         try:
             if not keep:
-                shutil.rmtree(self.directory, ignore_errors=True)
+                _discard(self.directory)
         finally:
-            os.close(self._lock)
-            self._lock = -1
+            self._unlock()
+
+    def _unlock(self) -> None:
+        _unlock(self._lock)
+        self._lock = -1
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         try:
@@ -140,9 +152,9 @@ class Leftovers:
         """Remove the record, unless something could not be ended."""
         try:
             if not keep:
-                shutil.rmtree(self.directory, ignore_errors=True)
+                _discard(self.directory)
         finally:
-            os.close(self.lock)
+            _unlock(self.lock)
 
 
 def leftovers(state_dir: Path) -> list[Leftovers]:
@@ -155,48 +167,94 @@ def leftovers(state_dir: Path) -> list[Leftovers]:
             if error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):
                 log.warning("the record %s cannot be looked at: %s", directory, error.strerror)
             continue
-        if os.fstat(lock).st_nlink == 0:  # another sweep was faster
-            os.close(lock)
+        entries = sorted(directory.glob("*.json"))
+        if not entries:  # another sweep was faster; or nothing was ever started
+            _discard(directory)
+            _unlock(lock)
             continue
-        found.append(_read(directory, lock))
+        found.append(_read(directory, entries, lock))
     return found
 
 
 def _listed(runs: Path) -> list[Path]:
+    """The records that may be looked at. What somebody else could have written there says nothing."""
     try:
-        return sorted(each for each in runs.iterdir() if each.is_dir() and not _is_being_made(each))
+        if _is_strangers(runs):
+            return []
+        names = sorted(os.listdir(runs))
     except FileNotFoundError:
         return []
+    except OSError as error:
+        log.warning("the records in %s cannot be looked at: %s", runs, error.strerror)
+        return []
+    found = []
+    for directory in (runs / name for name in names):
+        try:
+            if not _is_being_made(directory) and not _is_strangers(directory):
+                found.append(directory)
+        except FileNotFoundError:  # finished, or removed, meanwhile
+            continue
+    return found
+
+
+def _is_strangers(directory: Path) -> bool:
+    """Whether it is another user's, or no directory at all."""
+    status = directory.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+        return False
+    log.warning("the record %s is passed over: it is no directory of ours (uid %d)", directory, status.st_uid)
+    return True
 
 
 def _is_being_made(directory: Path) -> bool:
     """Its lock may not be taken yet. One that stays so was never finished."""
-    return directory.name.startswith(NEW) and time.time() - directory.stat().st_mtime < BEING_MADE
+    return directory.name.startswith(NEW) and time.time() - directory.lstat().st_mtime < BEING_MADE
 
 
-def _read(directory: Path, lock: int) -> Leftovers:
+def _read(directory: Path, entries: Iterable[Path], lock: int) -> Leftovers:
     processes: list[PidStart] = []
     keepers: list[PidStart] = []
     owner: dict[str, Any] = {}
-    for path in directory.glob("*.json"):
+    for path in entries:
         try:
             value = json.loads(path.read_bytes())
             if path.name == OWNER:
-                owner = value
+                owner = dict(value)
             else:
-                processes += [(int(pid), int(start)) for pid, start in value["processes"]]
-                keepers += [(int(pid), int(start)) for pid, start in value["keepers"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                processes += map(_pid_and_start, value["processes"])
+                keepers += map(_pid_and_start, value["keepers"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("the record %s does not read: %s; its processes are looked for by their marker", path, error)
     if owner.get("boot_id", boot_id()) == boot_id():
         since = owner.get("since")
         since = since if isinstance(since, int) else 0
     else:
         since, processes, keepers = None, [], []
-    cgroup = owner.get("cgroup")
     identifier = directory.name.removeprefix(NEW)
-    group = Path(cgroup) if isinstance(cgroup, str) and cgroup.endswith(identifier) and since is not None else None
+    cgroup = owner.get("cgroup")
+    is_ours = isinstance(cgroup, str) and os.path.basename(cgroup) == f"{PREFIX}{identifier}"
+    group = Path(cgroup) if isinstance(cgroup, str) and is_ours and since is not None else None
     return Leftovers(directory, identifier, since, tuple(processes), tuple(keepers), group, lock)
+
+
+def _pid_and_start(value: Any) -> PidStart:
+    pid, start = value
+    if type(pid) is not int or type(start) is not int or not 0 < pid < 1 << 31:
+        raise ValueError(f"{value!r} is no process")
+    return pid, start
+
+
+def _discard(directory: Path) -> None:
+    """Remove a record, the lock last: whoever makes a new one meanwhile finds nothing to sweep."""
+    try:
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == LOCK):
+            path.unlink(missing_ok=True)
+        directory.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:  # another sweep has just locked it, and removes it
+            log.warning("the record %s cannot be removed: %s", directory, error.strerror)
 
 
 def _locked(path: Path) -> int:
@@ -208,7 +266,22 @@ def _locked(path: Path) -> int:
     except BaseException:
         os.close(descriptor)
         raise
+    _held.add(descriptor)
     return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    """In a forked child."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def boot_id() -> str:
@@ -217,7 +290,10 @@ def boot_id() -> str:
 
 
 def _start_of(pid: int) -> int:
-    process = identity.read(pid)
+    try:
+        process = identity.read(pid)
+    except OSError:  # no descriptor is free; the marker is still there
+        return -1
     return process.start if process else -1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -18,8 +19,9 @@ from supervise.processes.cgroup import Group
 from supervise.processes.child import TreeOptions, open_tree
 from supervise.processes.containment import Command, Leader, Pipes
 from supervise.processes.hurry import Hurry
-from supervise.processes.marked import Marked
+from supervise.processes.marked import Look, Marked
 from supervise.processes.records import Leftovers, PidStart, leftovers
+from supervise.processes.session import spawning
 
 log = logging.getLogger("supervise.processes")
 
@@ -42,11 +44,15 @@ async def sweep(state_dir: Path, *, grace: float, kill_wait: float) -> SweepRepo
     that is being ended, which is bounded by `grace` and `kill_wait`.
     """
     report = SweepReport()
-    left = await trio.to_thread.run_sync(leftovers, state_dir)
+    left = await trio.to_thread.run_sync(leftovers, state_dir, limiter=spawning())
     try:
         while left:
             one = left[-1]
-            report, keep = await _sweep_one(one, report, StopPolicy(((signal.SIGTERM, grace),), kill_wait))
+            try:
+                report, keep = await _sweep_one(one, report, StopPolicy(((signal.SIGTERM, grace),), kill_wait))
+            except OSError as error:  # no descriptor, say: new jobs can run all the same
+                log.error("what is left in %s could not be looked for: %s", one.directory, error.strerror)
+                keep = True
             left.pop().close(keep=keep)
     finally:
         for one in left:
@@ -63,15 +69,18 @@ async def _sweep_one(left: Leftovers, report: SweepReport, policy: StopPolicy) -
     group = None if left.cgroup is None or not left.cgroup.is_dir() else Group(left.cgroup)
     if left.since is None:  # the machine was started anew since
         return evolve(report, supervisors=report.supervisors + 1), False
+    for keeper in left.keepers:
+        _signal_keeper(keeper, signal.SIGCONT)  # it does its own part, unless somebody stops it again
     containment = LeftTree(left, group)
     found = containment.members()
     told = tuple(Leftover(each.pid, each.start_time, identity.command_of(each.pid)) for each in found)
     options = TreeOptions(mark=left.id, contain=lambda token: containment)
     async with open_tree("sweep", policy, Hurry(), options=options, emit=lambda event: None) as tree:
         pass  # leaving the block ends what is in it
-    for keeper in left.keepers:
-        await _end_keeper(keeper)
-    removed = group is not None and group.remove()
+    async with trio.open_nursery() as nursery:
+        for keeper in left.keepers:
+            nursery.start_soon(_end_keeper, keeper)
+    removed = group is not None and await group.remove_soon()
     report = evolve(
         report,
         supervisors=report.supervisors + 1,
@@ -89,7 +98,11 @@ class LeftTree(Marked):
     tier = "leftovers"
 
     def __init__(self, left: Leftovers, group: Group | None) -> None:
-        super().__init__(left.id, since=left.since, lost=left.processes, group=group)
+        super().__init__(left.id, since=left.since, lost=left.processes, group=group, keepers=left.keepers)
+
+    def _leads(self, look: Look, pid: int, start: int) -> bool:
+        # Much may have happened since: the session of a leader that has ended could be a stranger's by its number.
+        return look.shows(pid, start)
 
     async def spawn(self, command: Command, pipes: Pipes) -> Leader:
         name = command.argv[0]
@@ -100,22 +113,42 @@ class LeftTree(Marked):
 
 
 async def _end_keeper(keeper: PidStart) -> None:
-    pid, start = keeper
+    """Wait until it has ended, as it does without a supervisor and children; or end it."""
+    if (pidfd := _pidfd_of(keeper)) is None:
+        return
     try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return  # it has ended
-    try:
-        now = identity.read(pid)
-        if now is None or now.start != start:
-            return
-        for number in (None, signal.SIGCONT, signal.SIGKILL):
-            if number is not None:
-                signal.pidfd_send_signal(pidfd, number)
+        for number in (signal.SIGCONT, signal.SIGKILL):
+            signal.pidfd_send_signal(pidfd, number)
             with trio.move_on_after(KEEPERS_GONE):
                 await trio.lowlevel.wait_readable(pidfd)
                 return
     except OSError as error:
-        log.warning("the guardian (process %d) of an earlier supervisor could not be ended: %s", pid, error.strerror)
+        if error.errno != errno.ESRCH:
+            log.warning("the guardian (process %d) of an earlier supervisor lives on: %s", keeper[0], error.strerror)
     finally:
         os.close(pidfd)
+
+
+def _signal_keeper(keeper: PidStart, number: int) -> None:
+    if (pidfd := _pidfd_of(keeper)) is not None:
+        try:
+            signal.pidfd_send_signal(pidfd, number)
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                log.warning("the guardian (process %d) could not be signalled: %s", keeper[0], error.strerror)
+        finally:
+            os.close(pidfd)
+
+
+def _pidfd_of(keeper: PidStart) -> int | None:
+    """None if it has ended."""
+    pid, start = keeper
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    now = identity.read(pid)  # after the descriptor was opened: it is of whoever had the pid then
+    if now is not None and now.start == start:
+        return pidfd
+    os.close(pidfd)
+    return None

@@ -21,13 +21,10 @@ from supervise.processes.guarded import GUARDIAN, GUARDIAN_AND_CGROUP, GuardianC
 from supervise.processes.helper import Helper
 from supervise.processes.identity import TELLS_CHILDREN
 from supervise.processes.records import Record
-from supervise.processes.session import SessionContainment, require_platform
+from supervise.processes.session import SessionContainment, require_platform, spawning
 from supervise.settings import Settings
 
 log = logging.getLogger("supervise.processes")
-
-#: How long the groups of ended trees are waited for at the end, in seconds: a guardian removes its own.
-GROUPS_GONE = 1.0
 
 DEGRADED = "the kernel does not tell the children of a process (CONFIG_PROC_CHILDREN): all of /proc is read instead"
 
@@ -72,11 +69,14 @@ class Containments:
         if self._group is None:
             raise NoLimit(f"limits are not available here: {'; '.join(self.notes)}")
         above = self._group
-        if job is not None:
-            above = self._group.child(job)
-            above.limit(limits)
         _, role, token = mark.rsplit(":", 2)
-        return above.child(f"{role}-{token}")
+        try:
+            if job is not None:
+                above = self._group.child(job)
+                above.limit(limits)
+            return above.child(f"{role}-{token}")
+        except OSError as error:
+            raise NoLimit(f"no cgroup can be made in {above.path}: {error.strerror}") from None
 
 
 @asynccontextmanager
@@ -93,19 +93,21 @@ async def open_containments(settings: Settings) -> AsyncIterator[Containments]:
     Leaving waits until the helper has ended, at most twice `guardian_timeout`, and removes what is on the disk.
     """
     require_platform()
-    record = await trio.to_thread.run_sync(Record, settings.state_dir)
+    record = await trio.to_thread.run_sync(Record, settings.state_dir, limiter=spawning())
     helper: Helper | None = None
     group: Group | None = None
     try:
         helper, group, notes = _tier(settings, record)
+        if helper is not None:
+            await helper.warm()
         yield Containments(record, helper, group, notes)
     finally:
         with trio.CancelScope(shield=True):
             try:
                 if helper is not None:
                     await helper.aclose()
-                if group is not None:
-                    await _remove(group)
+                if group is not None and not await group.remove_soon():  # zygote and guardians do, unless killed
+                    log.error("the cgroup %s could not be removed: there are processes in it", group.path)
             finally:  # a Ctrl-C in the main task breaks every wait, shielded or not
                 record.close(keep=record.has_entries())
 
@@ -167,15 +169,6 @@ def probe(settings: Settings) -> tuple[str, tuple[str, ...]]:
         if group is not None:
             group.remove()
         record.close()
-
-
-async def _remove(group: Group) -> None:
-    """Zygote and guardians remove it, unless they were killed."""
-    with trio.move_on_after(GROUPS_GONE):
-        while not group.remove():  # noqa: ASYNC110  # nobody tells
-            await trio.sleep(0.01)
-        return
-    log.error("the cgroup %s could not be removed: there are processes in it", group.path)
 
 
 __all__ = ["Containments", "no_guardian", "open_containments", "probe"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import trio
 
 import supervise
 from supervise import FailureKind, Outcome
+from supervise.codec import to_json, to_line
 from supervise.events import (
     AgentInit,
     AgentPermissionDenied,
@@ -226,14 +229,97 @@ async def test_cancel_leaves_nothing_of_a_running_tool(desk: Desk, nursery: trio
                     arguments = list(processes_with(desk.mark).values())
                     job.cancel(reason="the test has seen enough")
         result = await job.result()
-    if environment == "bare" and of_type(JobStarted, seen)[0].containment == "process group" and running():
-        pytest.xfail("a daemon with a bare environment: containment by group and marker cannot know it for the job's")
+    assert of_type(JobStarted, seen)[0].containment.startswith("guardian")
     desk.check(result, seen)
     assert alone == [True, True]  # both were as hard to find as they were meant to be
     assert len(arguments) >= 4  # the CLI and the tool's shell, too
     assert DUMMY_KEY not in repr(arguments)
     assert result.outcome is Outcome.CANCELLED
     assert [event.reason for event in of_type(CancelRequested, seen)] == ["the test has seen enough"]
+
+
+def daemons(desk: Desk) -> str:
+    """Shell text that leaves two daemons, one of them without an environment, and tells that they live.
+
+    Each is started with nohup in a session of its own, has lost its parent, and ignores what asks it to end.
+    """
+    lines = []
+    for name, bare in (("daemon", ""), ("bare", "env -i ")):
+        pid = desk.root / f"{name}.pid"
+        program = f"trap '' TERM HUP INT; echo $$ > {pid}; exec -a {desk.mark}-{name} sleep 300"
+        lines += [
+            f"( ( {bare}nohup setsid bash -c {shlex.quote(program)} >/dev/null 2>&1 & ) & )",
+            f"until [ -s {pid} ]; do sleep 0.02; done; kill -0 $(cat {pid}) && echo {name}",
+        ]
+    return "\n".join(lines)
+
+
+def daemons_of(desk: Desk) -> list[int]:
+    return sorted(
+        pid for pid, arguments in processes_with(desk.mark).items() if arguments[0].startswith(f"{desk.mark}-")
+    )
+
+
+async def test_daemons_that_a_tool_leaves_are_gone_when_the_job_has_completed(
+    desk: Desk, nursery: trio.Nursery
+) -> None:
+    stub = await start_stub(nursery, Bash(daemons(desk)), Text("They run."))
+    result, events = await desk.run(desk.spec(stub))  # which looks for processes that are left
+    assert (result.outcome, result.text) == (Outcome.COMPLETED, "They run.")
+    assert [event.text for event in of_type(AgentToolResult, events)] == ["daemon\nbare"]
+    for name in ("daemon", "bare"):
+        assert not Path("/proc", (desk.root / f"{name}.pid").read_text().strip()).exists()
+
+
+async def test_daemons_that_a_tool_leaves_are_gone_when_the_job_was_cancelled(
+    desk: Desk, nursery: trio.Nursery
+) -> None:
+    stub = await start_stub(nursery, Bash(daemons(desk)), Hang())
+    seen: list[Event] = []
+    with trio.fail_after(60):
+        async with supervise.open_job(desk.spec(stub), settings=desk.settings) as job, job.subscribe() as events:
+            async for event in events:
+                seen.append(event)
+                if isinstance(event, AgentToolResult):
+                    assert len(daemons_of(desk)) == 2
+                    job.cancel()
+        result = await job.result()
+    desk.check(result, seen)
+    assert result.outcome is Outcome.CANCELLED
+
+
+ALONE = """
+import functools, sys, trio, supervise, supervise.agents.claude
+from supervise.codec import from_json, loads
+spec = from_json(supervise.JobSpec, loads(sys.stdin.read()))
+settings = supervise.Settings(state_dir=sys.argv[1], orphan_grace=0.5)
+trio.run(functools.partial(supervise.run_job, spec, settings=settings))
+"""
+
+
+async def test_daemons_that_a_tool_leaves_are_gone_when_the_supervisor_was_killed(
+    desk: Desk, nursery: trio.Nursery
+) -> None:
+    stub = await start_stub(nursery, Bash(daemons(desk)), Hang())
+    spec = to_line(to_json(desk.spec(stub)))
+    command = [sys.executable, "-c", ALONE, str(desk.settings.state_dir)]
+    with trio.fail_after(60):
+        supervisor = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE)
+        try:
+            assert supervisor.stdin is not None
+            async with supervisor.stdin:
+                await supervisor.stdin.send_all(spec)
+            await until(lambda: len(stub.main_requests) == 2 or supervisor.poll() is not None)  # the tool has ended
+            assert supervisor.poll() is None
+            assert len(daemons_of(desk)) == 2
+            assert len(processes_with(desk.mark)) >= 3  # the CLI, too
+        finally:
+            supervisor.kill()
+            await supervisor.wait()
+        await until(lambda: not processes_with(desk.mark))
+        async with supervise.open_supervisor(settings=desk.settings) as next_one:
+            assert next_one.swept.supervisors == 1
+            assert next_one.swept.found == ()
 
 
 async def test_a_session_is_resumed(desk: Desk, nursery: trio.Nursery) -> None:

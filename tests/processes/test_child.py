@@ -10,28 +10,32 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 
 from supervise.errors import SpawnError
 from supervise.events import Event, OutputTruncated, ProcessExited, ProcessStarted, SignalSent, TreeEmpty
-from supervise.model import ExitStatus, StopPolicy
-from supervise.processes import identity
+from supervise.model import ExitStatus, Limits, StopPolicy
+from supervise.processes import guarded, helper, identity
 from supervise.processes.child import ProcessTree, TreeOptions, open_tree
 from supervise.processes.containment import Command, Pipes
 from supervise.processes.hurry import Hurry
 from supervise.processes.identity import Process
+from supervise.processes.marked import MARK
 from supervise.processes.output import Lines, Logs
-from supervise.processes.session import MARK
+from supervise.processes.tiers import open_containments
 from supervise.secrets import Masker
+from supervise.settings import Settings
 from tests.processes import children
 from tests.processes.conftest import TOKEN, Leaks
 
@@ -42,8 +46,27 @@ NEVER = 600.0  # a grace that does not end within a test
 SOON = StopPolicy(((signal.SIGTERM, 0.2),))
 PATIENT = StopPolicy(((signal.SIGTERM, NEVER),))
 
+#: What `Settings.containment` may ask for.
+TIERS = ("process-group", "guardian", "cgroup")
+
 AsyncTest = Callable[..., Awaitable[None]]
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+def only(*tiers: str) -> pytest.MarkDecorator:
+    """Runs a test of what one tier does, or of what no tier has a part in, with these tiers alone."""
+    return pytest.mark.parametrize("bench", tiers, indirect=True)
+
+
+#: About pipes, logs and tails, which all tiers share.
+any_tier = only("guardian")
+
+
+def promised_by_all_but(tier: str, reason: str) -> pytest.MarkDecorator:
+    """Runs a test with all tiers. This one must fail it: if it ever passes, it promises more than it says."""
+    fails = pytest.param(tier, marks=pytest.mark.xfail(strict=True, reason=reason))
+    params = [fails if each == tier else each for each in TIERS]
+    return pytest.mark.parametrize("bench", params, indirect=True)
 
 
 def within(seconds: float) -> Callable[[AsyncTest], AsyncTest]:
@@ -85,8 +108,9 @@ class Heard:
 class Bench:
     """Opens trees whose events and sinks are kept."""
 
-    def __init__(self, token: str, tmp_path: Path) -> None:
+    def __init__(self, token: str, tmp_path: Path, tier: Any) -> None:
         self.path = tmp_path
+        self.tier = tier
         self.env = {"PATH": os.environ["PATH"], TOKEN: token}
         self.events: list[Event] = []
 
@@ -99,10 +123,15 @@ class Bench:
     async def tree(
         self, policy: StopPolicy = SOON, hurry: Hurry | None = None, **options: Any
     ) -> AsyncIterator[ProcessTree]:
+        """A tree with a supervisor of its own."""
         kept = TreeOptions(**{"mark": "test", "pipe_timeout": 5.0, **options})
+        settings = Settings(state_dir=self.path / "state", containment=self.tier)
         try:
-            async with open_tree("test", policy, hurry or Hurry(), options=kept, emit=self.events.append) as tree:
-                yield tree
+            async with open_containments(settings) as containments:
+                if "contain" not in options:
+                    kept = evolve(kept, contain=containments.of_job("test", Limits()))
+                async with open_tree("test", policy, hurry or Hurry(), options=kept, emit=self.events.append) as tree:
+                    yield tree
         finally:
             if kept.logs is not None:
                 kept.logs.close()
@@ -115,9 +144,9 @@ class Bench:
         return [event.signal for event in self.of(SignalSent)]
 
 
-@pytest.fixture
-def bench(leaks: Leaks, tmp_path: Path) -> Bench:
-    return Bench(leaks.token, tmp_path)
+@pytest.fixture(params=TIERS)
+def bench(leaks: Leaks, tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
+    return Bench(leaks.token, tmp_path, request.param)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -263,6 +292,7 @@ async def test_who_hides_its_environment_and_lost_its_parent_is_found_by_session
     assert not is_alive(hidden)
 
 
+@only("process-group")
 @within(LIMIT)
 async def test_a_second_look_finds_whom_the_first_one_missed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = Heard()
@@ -385,7 +415,7 @@ class UnkillableContainment:
         self.sent.append(number)
         return 1
 
-    async def gone(self, members: Sequence[Process]) -> None:
+    async def change(self) -> None:
         await trio.sleep_forever()
 
     def signal_group(self, leader: int, number: int) -> None:
@@ -394,10 +424,14 @@ class UnkillableContainment:
     def not_ours(self) -> dict[int, str]:
         return {}
 
-    def close(self) -> None:
-        self.closed = True
+    async def serve(self) -> None:
+        return
+
+    def close(self, *, survivors: bool = False) -> None:
+        self.closed = survivors
 
 
+@any_tier
 @within(LIMIT)
 async def test_what_cannot_be_ended_is_told(bench: Bench) -> None:
     made: list[UnkillableContainment] = []
@@ -480,6 +514,7 @@ async def test_cancelled_before_the_spawn(bench: Bench) -> None:
     assert bench.of(TreeEmpty)[0].survivors == 0
 
 
+@only("process-group")
 @within(LIMIT)
 async def test_cancelled_while_the_spawn_is_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = trio.Event(), threading.Event()
@@ -499,6 +534,27 @@ async def test_cancelled_while_the_spawn_is_under_way(bench: Bench, monkeypatch:
         await begun.wait()
         nursery.cancel_scope.cancel()
         go_on.set()
+    assert len(bench.of(ProcessStarted)) == len(bench.of(ProcessExited)) == 1
+    assert bench.of(TreeEmpty)[0].survivors == 0
+
+
+@only("guardian", "cgroup")
+@within(LIMIT)
+async def test_cancelled_while_the_guardian_spawns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = helper.send
+    with trio.CancelScope() as scope:
+
+        def sent(sock: socket.socket, message: bytes, descriptors: Iterable[int] = ()) -> None:
+            real(sock, message, descriptors)
+            if descriptors:  # the guardian has the request, and nobody has its answer
+                scope.cancel()
+
+        monkeypatch.setattr(guarded, "send", sent)
+        async with bench.tree() as tree:
+            child = await tree.spawn(bench.command("wait"))
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    assert child.status == ExitStatus(signal="SIGTERM")
     assert len(bench.of(ProcessStarted)) == len(bench.of(ProcessExited)) == 1
     assert bench.of(TreeEmpty)[0].survivors == 0
 
@@ -528,6 +584,7 @@ async def sampling(sample: Callable[[], None]) -> None:
         await trio.sleep(0.01)
 
 
+@any_tier
 @within(60)
 async def test_output_that_nobody_reads_is_drained(bench: Bench) -> None:
     size = 100 * 1024 * 1024
@@ -564,17 +621,20 @@ async def print_for(bench: Bench, seconds: float) -> None:
     assert bench.of(OutputTruncated) == []  # what was in the pipe at the end was read
 
 
+@any_tier
 @within(LIMIT)
 async def test_output_without_end_is_cancelled(bench: Bench) -> None:
     await print_for(bench, 1)
 
 
+@any_tier
 @pytest.mark.slow
 @within(60)
 async def test_output_without_end_needs_no_memory(bench: Bench) -> None:
     await print_for(bench, 30)
 
 
+@any_tier
 @within(LIMIT)
 async def test_no_newline_at_the_end(bench: Bench) -> None:
     out: list[str] = []
@@ -589,6 +649,7 @@ async def test_no_newline_at_the_end(bench: Bench) -> None:
     assert child.tails() == ("one\ntwo", "three")
 
 
+@any_tier
 @within(LIMIT)
 async def test_bytes_that_are_not_utf8(bench: Bench) -> None:
     heard = Heard()
@@ -600,6 +661,7 @@ async def test_bytes_that_are_not_utf8(bench: Bench) -> None:
     assert (bench.path / "test.stdout.log").read_bytes() == children.NOT_UTF8
 
 
+@any_tier
 @within(LIMIT)
 async def test_a_line_of_20_megabytes(bench: Bench) -> None:
     size = 20_000_000
@@ -615,6 +677,7 @@ async def test_a_line_of_20_megabytes(bench: Bench) -> None:
     assert len(child.tails()[0]) == 64 * 1024
 
 
+@any_tier
 @within(LIMIT)
 async def test_secrets_are_masked_in_all_that_is_kept(bench: Bench) -> None:
     heard = Heard()
@@ -645,9 +708,10 @@ async def test_a_descendant_that_holds_the_pipe_is_ended_and_read_to_the_end(ben
     assert child.tails()[0] == heard.data.decode()
 
 
+@only("process-group")
 @within(LIMIT)
 async def test_reading_ends_although_a_stranger_holds_the_pipe(bench: Bench) -> None:
-    # Cleared its environment, left its session and lost its parent: this containment cannot find it.
+    # Cleared its environment, left its session and lost its parent: this tier cannot find it.
     heard = Heard()
     holder = None
     try:
@@ -669,6 +733,27 @@ async def test_reading_ends_although_a_stranger_holds_the_pipe(bench: Bench) -> 
     assert child.tails()[0] == f"ready {holder}\n"
 
 
+@promised_by_all_but(
+    "process-group", "it finds nobody who left the session, cleared its environment and lost its parent"
+)
+@within(LIMIT)
+async def test_who_hides_in_every_way_is_ended(bench: Bench) -> None:
+    heard = Heard()
+    holder = None
+    try:
+        async with bench.tree(pipe_timeout=0.2) as tree:
+            child = await tree.spawn(bench.command("hold_pipe", "outside"), stdout=heard)
+            holder = await heard.pid("ready")
+            await child.wait()
+        assert not is_alive(holder)
+        assert tree.survivors == ()
+        assert bench.of(OutputTruncated) == []
+    finally:
+        if holder is not None and is_alive(holder):
+            os.kill(holder, signal.SIGKILL)
+            await until(lambda: not is_alive(holder))
+
+
 @within(LIMIT)
 async def test_a_child_that_closes_its_descriptors_lives_on(bench: Bench) -> None:
     async with bench.tree(PATIENT) as tree:
@@ -682,6 +767,7 @@ async def test_a_child_that_closes_its_descriptors_lives_on(bench: Bench) -> Non
 # --- exit status -------------------------------------------------------------------------------------------
 
 
+@only("process-group", "guardian")
 @within(60)
 async def test_all_exit_codes_are_exact(bench: Bench) -> None:
     for first in range(0, 256, 64):
@@ -692,6 +778,7 @@ async def test_all_exit_codes_are_exact(bench: Bench) -> None:
             assert [await child.wait() for child in started] == [ExitStatus(code=code) for code in codes]
 
 
+@only("process-group", "guardian")
 @within(LIMIT)
 async def test_the_signal_of_a_death_is_named(bench: Bench) -> None:
     harmless = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH}
@@ -725,7 +812,7 @@ async def test_what_a_child_is_given(bench: Bench) -> None:
     assert given["cwd"] == str(bench.path)
     assert given["argv"] == ["a b", "c"]
     assert given["stdin"] == "hällo\n"
-    assert given["environment"].pop(MARK).startswith("test:test:")
+    assert re.fullmatch("[0-9a-f]{16}:test:test:[0-9a-f]{16}", given["environment"].pop(MARK))
     assert {name: value for name, value in given["environment"].items() if name != "LC_CTYPE"} == bench.env
     assert given["blocked"] == 0
 
@@ -796,12 +883,13 @@ def script(path: Path, text: str, mode: int = 0o755) -> str:
 
 async def refused(bench: Bench, command: Command) -> SpawnError:
     """The error of a spawn; nothing is left of the attempt while the tree is still open."""
-    descriptors = len(os.listdir("/proc/self/fd"))
     async with bench.tree() as tree:
-        spare = len(os.listdir("/proc/self/fd")) - descriptors
+        with pytest.raises(SpawnError):  # which opens what the tier holds as long as there is a tree
+            await tree.spawn(command)
+        descriptors = sorted(os.listdir("/proc/self/fd"))
         with pytest.raises(SpawnError) as caught:
             await tree.spawn(command)
-        assert len(os.listdir("/proc/self/fd")) == descriptors + spare
+        assert sorted(os.listdir("/proc/self/fd")) == descriptors
         assert tree.alive() == 0
     assert bench.events == []
     assert caught.value.program == command.argv[0]
@@ -832,11 +920,20 @@ CASES: dict[str, tuple[str, Callable[[Bench], Command]]] = {
 }
 
 
-@pytest.mark.parametrize("odd", [False, True], ids=["directly", "by the launcher"])
+@only("process-group", "guardian")
 @pytest.mark.parametrize("case", CASES)
 @within(LIMIT)
-async def test_spawn_errors_are_typed(bench: Bench, case: str, odd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("supervise.processes.session._inherits_odd_signals", lambda: odd)
+async def test_spawn_errors_are_typed(bench: Bench, case: str) -> None:
+    kind, command = CASES[case]
+    error = await refused(bench, command(bench))
+    assert error.kind == kind
+
+
+@only("process-group")
+@pytest.mark.parametrize("case", CASES)
+@within(LIMIT)
+async def test_spawn_errors_of_the_launcher_are_typed(bench: Bench, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervise.processes.session._inherits_odd_signals", lambda: True)
     kind, command = CASES[case]
     error = await refused(bench, command(bench))
     assert error.kind == kind
@@ -854,13 +951,14 @@ async def test_after_an_error_the_tree_is_as_good_as_before(bench: Bench) -> Non
 # --- supervising processes of their own --------------------------------------------------------------------
 
 PRELUDE = f"""
-import json, os, resource, signal, sys, trio
+import attrs, contextlib, json, os, resource, shutil, signal, sys, tempfile, trio
 from supervise.errors import SpawnError
 from supervise.events import SignalSent
-from supervise.model import StopPolicy
-from supervise.processes import session
+from supervise.model import Limits, StopPolicy
 from supervise.processes.child import Command, TreeOptions, open_tree
 from supervise.processes.hurry import Hurry
+from supervise.processes.tiers import open_containments
+from supervise.settings import Settings
 
 def say(*words):
     print(*words, flush=True)
@@ -869,9 +967,15 @@ def emit(event):
     if isinstance(event, SignalSent):
         say("sent", event.signal)
 
-def tree(grace=30.0):
+settings = Settings(containment=sys.argv[1], state_dir=sys.argv[2])
+
+@contextlib.asynccontextmanager
+async def tree(grace=30.0):
     policy = StopPolicy(((signal.SIGTERM, grace),))
-    return open_tree("test", policy, Hurry(), options=TreeOptions(mark="test"), emit=emit)
+    async with open_containments(settings) as containments:
+        options = TreeOptions(mark="test", contain=containments.of_job("test", Limits()))
+        async with open_tree("test", policy, Hurry(), options=options, emit=emit) as t:
+            yield t
 
 def command(*argv, **more):
     program = argv if "/" in argv[0] else ({", ".join(map(repr, CHILDREN))}, *argv)
@@ -901,12 +1005,14 @@ class Helper:
 
 
 class Helpers:
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery, tier: str, state_dir: Path) -> None:
         self._nursery = nursery
+        self._arguments = (tier, str(state_dir))
+        self.tier = tier
 
     async def start(self, program: str) -> Helper:
         heard = Heard()
-        argv = [sys.executable, "-c", PRELUDE + program]
+        argv = [sys.executable, "-c", PRELUDE + program, *self._arguments]
         run = functools.partial(
             trio.run_process, argv, cwd=ROOT, check=False, start_new_session=True, stdout=-1, stderr=-1
         )
@@ -930,9 +1036,9 @@ class Helpers:
         return [json.loads(line) for line in helper.heard.data.splitlines() if line[:1] in b"[{"]
 
 
-@pytest.fixture
-def helpers(leaks: Leaks, nursery: trio.Nursery) -> Helpers:
-    return Helpers(nursery)
+@pytest.fixture(params=["process-group", "guardian"])
+def helpers(leaks: Leaks, nursery: trio.Nursery, tmp_path: Path, request: pytest.FixtureRequest) -> Helpers:
+    return Helpers(nursery, request.param, tmp_path / "state")
 
 
 @pytest.mark.parametrize("how", ["ignores", "blocks", "both"])
@@ -999,20 +1105,24 @@ async def main():
         ready = trio.Event()
         await t.spawn(command("wait"), stdout=lambda chunk: ready.set())
         await ready.wait()
-        for free in range(20):
+        for free in range(30):
             result, before = await attempt(t, free)
             if result == "ok":
                 break
             say(json.dumps([*result, descriptors() - before, t.alive() - 1]))
+        else:
+            say("never")
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 trio.run(main)
 say("the end")
 """)
-    assert len(results) >= 8  # six for the pipes, two for Popen's own
+    # Six for the pipes. Two for Popen's own; or one that tells the guardian what to start.
+    assert len(results) >= (8 if helpers.tier == "process-group" else 7)
     assert results == [["limit", CHILDREN[0], 0, 0]] * len(results)
 
 
+@only("process-group")
 @within(LIMIT)
 async def test_out_of_descriptors_after_the_fork(bench: Bench, leaks: Leaks, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(pid: int) -> int:
@@ -1052,6 +1162,7 @@ say("the end")
 
 
 @as_root
+@pytest.mark.parametrize("helpers", ["process-group"], indirect=True)  # nobody may run our Python, perhaps
 @within(LIMIT)
 async def test_another_user_needs_root(helpers: Helpers) -> None:
     (result,) = await helpers.run("""
@@ -1059,11 +1170,14 @@ async def main():
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
+    global settings
+    settings = attrs.evolve(settings, state_dir=tempfile.mkdtemp(dir="/tmp"))
     async with tree() as t:
         try:
             await t.spawn(command("/bin/true", user="root"))
         except SpawnError as error:
             say(json.dumps([error.kind, error.program, str(error)]))
+    shutil.rmtree(settings.state_dir)
 
 trio.run(main)
 say("the end")

@@ -47,6 +47,8 @@ from supervise.events import (
     StateChanged,
     TreeEmpty,
 )
+from supervise.processes import identity
+from supervise.processes.guarded import GUARDIAN, GUARDIAN_AND_CGROUP, GuardianContainment
 from supervise.processes.session import SessionContainment
 from tests.processes.conftest import TOKEN
 from tests.processes.fake_cidx import FakeCidx
@@ -64,6 +66,7 @@ import functools, sys, trio, supervise
 state_dir, workspace, job_id, cidx, claude, more = map(eval, sys.argv[1:])
 settings = supervise.Settings(
     state_dir=state_dir,
+    containment=more.pop("containment", "auto"),
     agent=supervise.AgentSettings(command=claude, termination_timeout=more.pop("agent_termination_timeout", 5)),
     index=supervise.IndexSettings(command=cidx, mode="cidx", **more),
 )
@@ -272,25 +275,30 @@ async def run_and_cancel(
     return result, seen
 
 
+@pytest.mark.parametrize("containment", ["auto", "process-group"])
 @by
-async def test_cancelled_during_the_spawn(by: By, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_during_the_spawn(
+    by: By, containment: Literal["auto", "process-group"], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spawning, go_on = trio.Event(), trio.Event()
-    spawn = SessionContainment.spawn
+    kind: Any = SessionContainment if containment == "process-group" else GuardianContainment
+    spawn = kind.spawn
 
-    async def slow(self: SessionContainment, command: Any, pipes: Any) -> Any:
+    async def slow(self: Any, command: Any, pipes: Any) -> Any:
         if command.argv[: len(world.claude.command)] == world.claude.command:
             spawning.set()
             await go_on.wait()
         return await spawn(self, command, pipes)
 
-    monkeypatch.setattr(SessionContainment, "spawn", slow)
+    monkeypatch.setattr(kind, "spawn", slow)
     world.claude.plan(*WORKS)
 
     async def and_then(job: Job) -> None:
         await until(lambda: job.state is JobState.STOPPING)
         go_on.set()
 
-    result, events = await run_and_cancel(world, world.settings(), by, lambda job: spawning.is_set(), and_then)
+    settings = evolve(world.settings(), containment=containment)
+    result, events = await run_and_cancel(world, settings, by, lambda job: spawning.is_set(), and_then)
     assert final(result, world) == (Outcome.CANCELLED, IndexStatus.WATCH_TERMINATED, False)
     states = [event.state for event in events if isinstance(event, StateChanged)]
     assert states == ["starting", "stopping", "settling", "done"]
@@ -735,13 +743,13 @@ async def test_each_child_gets_its_own_environment_and_keys(world: World) -> Non
     seen = {entry["what"]: entry for entry in world.claude.record()}
     shared = {"PATH": os.defpath, "HOME": "/home/me", "LANG": "C.UTF-8", "HTTPS_PROXY": ""}
     env = seen["environment"]["env"]
-    assert env.pop("SUPERVISE_MARK").startswith(result.job_id)
+    assert f":{result.job_id}:agent:" in env.pop("SUPERVISE_MARK")
     assert env == {**shared, "ANTHROPIC_API_KEY": AGENT_KEY, "GIVEN": "given", "A": "settings", "B": "spec"}
     assert seen["environment"]["stdin"] == "the prompt"
     assert seen["environment"]["argv"] == ["-p", "--output-format", "stream-json", "--verbose"]
     for who in ("watch", "reconcile"):
         env = next(entry["env"] for entry in world.cidx.record() if entry["who"] == who and entry.get("env"))
-        assert env.pop("SUPERVISE_MARK").startswith(result.job_id)
+        assert f":{result.job_id}:{who}:" in env.pop("SUPERVISE_MARK")
         assert env == {**shared, "VOYAGE_API_KEY": INDEX_KEY}
     every_argument = " ".join(seen["arguments"]["all"])
     assert world.claude.plan_file in every_argument  # the look was a good one
@@ -775,18 +783,55 @@ async def test_a_child_that_prints_its_key(world: World, caplog: pytest.LogCaptu
     assert any(isinstance(event, IndexOutput) and "***" in event.line for event in events)
 
 
-def test_a_child_that_reads_our_environment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only `user=` keeps it from that; what it prints is masked all the same."""
+@pytest.mark.parametrize("containment", ["auto", "process-group"])
+def test_a_child_that_reads_the_environment_of_its_parent(
+    containment: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guardian's holds no keys. Ours does, and only `user=` hides it; what is printed of it is masked."""
     world.claude.plan(["parent_environment"], *GOOD)
     monkeypatch.setenv("GITHUB_TOKEN", "ghp-not-for-anybody")
     monkeypatch.setenv("VOYAGE_API_KEY", INDEX_KEY)
-    _, stderr = world.helper(assume_fresh=True).communicate(timeout=LIMIT)
+    _, stderr = world.helper(assume_fresh=True, containment=containment).communicate(timeout=LIMIT)
     assert stderr == b""
-    assert "agent parent environment read" in world.cidx.order()
+    if os.geteuid() == 0 or containment == "process-group":
+        assert "agent parent environment read" in world.cidx.order()
     text = world.logs(world.helped).decode()
-    assert "GITHUB_TOKEN=***" in text
+    assert ("GITHUB_TOKEN=***" in text) == (containment == "process-group")
     assert "ghp-not-for-anybody" not in text
     assert INDEX_KEY not in text
+
+
+def own_and_their_environments(pids: list[int]) -> dict[str, bytes]:
+    """Names and environments of processes, and what they were called with."""
+    found: dict[str, bytes] = {}
+    for pid in pids:
+        directory = Path("/proc", str(pid))
+        text = (directory / "environ").read_bytes() + (directory / "cmdline").read_bytes()
+        name = (directory / "comm").read_text().strip()
+        found[name] = found.get(name, b"") + text
+    return found
+
+
+@pytest.mark.usefixtures("keys")
+@pytest.mark.skipif(os.geteuid() != 0, reason="guardian and zygote are not dumpable: only root can read theirs")
+async def test_zygote_and_guardian_have_no_keys(world: World) -> None:
+    world.claude.plan(*WORKS)
+    with trio.fail_after(LIMIT):
+        async with supervise.open_job(world.spec(), settings=world.settings()) as job:
+            await job.spawned()
+            found = own_and_their_environments(below(os.getpid()))
+            job.cancel()
+    assert {"sv-zygote", "sv-guardian"} < set(found)
+    for name in ("sv-zygote", "sv-guardian"):
+        assert found[name]  # the look was a good one
+        assert AGENT_KEY.encode() not in found[name]
+        assert INDEX_KEY.encode() not in found[name]
+        assert b"ghp-not-for-anybody" not in found[name]
+    assert any(AGENT_KEY.encode() in text for text in found.values())
+
+
+def below(pid: int) -> list[int]:
+    return [process.pid for process in identity.descendants(pid) if process.alive]
 
 
 @pytest.mark.usefixtures("keys")
@@ -842,7 +887,8 @@ async def test_heartbeats(world: World) -> None:
     last = running[-1]
     assert {process.role for process in last.processes} == {"agent", "watch"}
     assert last.rss_bytes == sum(process.rss_bytes for process in last.processes)
-    assert (last.index_status, last.containment) == (IndexStatus.WATCHING, SessionContainment.tier)
+    assert last.index_status is IndexStatus.WATCHING
+    assert last.containment in (GUARDIAN, GUARDIAN_AND_CGROUP)
     assert any(beat.state == "settling" and {p.role for p in beat.processes} == {"watch"} for beat in beats)
     file = json.loads((world.state_dir / "jobs" / job.job_id / "heartbeat.json").read_bytes())
     assert (file["type"], file["job_id"], file["state"]) == ("heartbeat", job.job_id, "settling")

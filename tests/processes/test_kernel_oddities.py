@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -15,9 +16,10 @@ import trio.testing
 from supervise.errors import SpawnError
 from supervise.model import ExitStatus, StopPolicy
 from supervise.processes import identity
+from supervise.processes.helper import Helper
 from supervise.processes.session import SPAWNS_AT_ONCE
 from tests.processes.conftest import Leaks
-from tests.processes.test_child import LIMIT, PATIENT, Bench, Heard, is_alive, within
+from tests.processes.test_child import LIMIT, PATIENT, Bench, Heard, is_alive, only, until, within
 from tests.processes.test_child import bench as bench  # a fixture
 
 SLEEP = ("/bin/sleep", "60")
@@ -51,18 +53,21 @@ async def test_a_leader_whose_end_is_not_seen_is_a_survivor(bench: Bench, monkey
         child = await tree.spawn(bench.command(*SLEEP))
         monkeypatch.setattr(tree._containment, "empty", lambda: True)
         monkeypatch.setattr(tree._containment, "signal_group", lambda leader, number: None)
-    os.kill(child.pid, signal.SIGKILL)
-    child._leader.popen.wait()  # type: ignore[attr-defined]
+    if bench.tier == "process-group":
+        os.kill(child.pid, signal.SIGKILL)
+        child._leader.popen.wait()  # type: ignore[attr-defined]
+    assert not is_alive(child.pid)  # a guardian that was let go has ended it
     (survivor,) = tree.survivors
     assert (survivor.pid, survivor.reason) == (child.pid, "its end was not seen")
 
 
 @within(LIMIT)
-async def test_a_leader_that_cannot_be_seen_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_leader_that_cannot_be_seen_is_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     async with bench.tree() as tree:
         child = await tree.spawn(bench.command(*SLEEP))
         monkeypatch.setattr(identity, "_stat", lambda name: None)
-    assert child.status == ExitStatus(signal="SIGKILL")
+    # Who is not seen gets no SIGTERM from us; the guardian sees for itself.
+    assert child.status == ExitStatus(signal="SIGKILL" if bench.tier == "process-group" else "SIGTERM")
     assert tree.survivors == ()
 
 
@@ -102,7 +107,14 @@ async def test_a_spawn_in_flight_when_the_tree_is_left_is_ended(
         time.sleep(0.2)  # nothing tells a thread that the tree is being left; a shorter wait only tests less
         return False
 
+    ask = Helper.ask
+
+    async def slow_ask(self: Helper) -> socket.socket:
+        await trio.sleep(0.2)
+        return await ask(self)
+
     monkeypatch.setattr("supervise.processes.session._inherits_odd_signals", slow)
+    monkeypatch.setattr(Helper, "ask", slow_ask)
     async with trio.open_nursery() as nursery:
         async with bench.tree() as tree:
             nursery.start_soon(tree.spawn, bench.command(*SLEEP))
@@ -127,8 +139,8 @@ async def test_a_host_that_uses_all_threads_stops_no_tree(bench: Bench) -> None:
                 nursery.start_soon(trio.to_thread.run_sync, go_on.wait)
             await trio.testing.wait_all_tasks_blocked()
             assert trio.to_thread.current_default_thread_limiter().available_tokens == 0
-            async with bench.tree() as tree:
-                with trio.fail_after(5):
+            with trio.fail_after(5):
+                async with bench.tree() as tree:
                     child = await tree.spawn(bench.command(*SLEEP))
             assert child.status == ExitStatus(signal="SIGTERM")
         finally:
@@ -154,7 +166,8 @@ async def test_processes_that_are_hidden_are_not_ours(bench: Bench, monkeypatch:
         child = await tree.spawn(bench.command(*SLEEP))
         ours.add(child.pid)
         monkeypatch.setattr(os, "open", refuse)
-        assert [process.pid for process in tree.members()] == [child.pid]
+        # A guardian that we do not see is asked all the same, and sees for itself.
+        assert [process.pid for process in tree.members()] == ([child.pid] if bench.tier == "process-group" else [])
         assert identity.read(1) is None
     assert child.status == ExitStatus(signal="SIGTERM")
     assert tree.survivors == ()
@@ -164,6 +177,7 @@ def no_look(name: str) -> list[bytes] | None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+@only("process-group")
 @within(LIMIT)
 async def test_a_tree_that_nobody_can_look_at_is_killed_and_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
@@ -175,6 +189,21 @@ async def test_a_tree_that_nobody_can_look_at_is_killed_and_told(bench: Bench, m
     assert {survivor.reason for survivor in tree.survivors} == {"could not look: Input/output error"}
 
 
+@only("guardian", "cgroup")
+@within(LIMIT)
+async def test_a_guardian_ends_a_tree_that_we_cannot_look_at(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    with monkeypatch.context() as patch:
+        async with bench.tree(PATIENT) as tree:
+            children = [await tree.spawn(bench.command(*SLEEP)) for _ in range(2)]
+            await tree.spawn(bench.command("slow_member", str(bench.path / "clean"), "0.1"), stdout=heard)
+            await heard.pid("member")
+            patch.setattr(identity, "_stat", no_look)
+    assert [child.status for child in children] == [ExitStatus(signal="SIGTERM")] * 2
+    assert (bench.path / "clean").exists()
+    assert tree.survivors == ()
+
+
 @within(LIMIT)
 async def test_a_tree_that_can_be_looked_at_again_leaves_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = Heard()
@@ -184,7 +213,7 @@ async def test_a_tree_that_can_be_looked_at_again_leaves_nobody(bench: Bench, mo
     def sometimes(name: str) -> list[bytes] | None:
         return no_look(name) if time.monotonic() < end else real(name)
 
-    async with bench.tree(PATIENT) as tree:
+    async with bench.tree(StopPolicy(((signal.SIGTERM, 0.5),))) as tree:
         await tree.spawn(bench.command("daemons", "1"), stdout=heard)
         daemon = await heard.pid("daemon")
         end = time.monotonic() + 0.3
@@ -196,6 +225,7 @@ async def test_a_tree_that_can_be_looked_at_again_leaves_nobody(bench: Bench, mo
 # --- many trees --------------------------------------------------------------------------------------------
 
 
+@only("process-group")
 @within(LIMIT)
 async def test_trees_that_end_at_once_share_their_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     trees, looks, ready = 40, 0, 0
@@ -216,8 +246,7 @@ async def test_trees_that_end_at_once_share_their_looks(bench: Bench, monkeypatc
     async with trio.open_nursery() as nursery:
         for _ in range(trees):
             nursery.start_soon(one)
-        while ready < trees:
-            await trio.sleep(0.01)
+        await until(lambda: ready == trees)
         monkeypatch.setattr(identity, "started_since", counted)
         nursery.cancel_scope.cancel()
     assert looks < 2 * trees  # each for itself needs more than four

@@ -17,7 +17,7 @@ from supervise import events, model
 from supervise.codec import event_from_json, event_to_json, from_json, loads, to_json, to_line
 from supervise.errors import SettingsError, SpecError
 from supervise.events import EVENT_TYPES, AgentEvent, Event, UnknownEvent, published, weight
-from supervise.model import IndexReport, JobResult, JobSpec, StopPolicy, Usage
+from supervise.model import IndexReport, JobResult, JobSpec, Leftover, Limits, StopPolicy, SweepReport, Usage
 from supervise.settings import AgentSettings, HttpSettings, IndexSettings, Settings, WorkerSettings
 from tests import strategies
 
@@ -40,6 +40,9 @@ def through_json(value: Any) -> Any:
         strategies.stop_policies,
         strategies.exit_statuses,
         strategies.index_settings,
+        strategies.limits,
+        strategies.leftovers,
+        strategies.sweep_reports,
     )
 )
 def test_every_value_comes_back_from_json(value: Any) -> None:
@@ -88,6 +91,8 @@ def test_published_events_are_stamped_and_small(event: Event, times: int) -> Non
 not_bounds = st.sampled_from([0, -1, -0.5, math.nan, math.inf, True, "5", None, 10**400])
 not_lengths: st.SearchStrategy[Any] = st.sampled_from([-1, -0.5, math.nan, -math.inf, False, "5", None, [], 10**5000])
 not_counts = st.sampled_from([0, -1, 1.5, True, "3", None, math.inf])
+not_memory: st.SearchStrategy[Any] = st.integers(max_value=(1 << 20) - 1) | st.sampled_from([True, 1e9, "1G", math.inf])
+not_processes = st.integers(max_value=0) | st.sampled_from([True, False, 1.5, "3", math.nan])
 not_commands: st.SearchStrategy[Any] = st.sampled_from([(), [], "", ("",), ("a", 5), ("a\0b",), 5, None, {"a": "b"}])
 not_environments = st.sampled_from([5, "A=1", [("A", "1")], {"A=": "1"}, {"": "1"}, {"A": 1}, {"A": "\0"}])
 not_texts = st.sampled_from(["", " \n", "a\0b", None, 5, b"x"])
@@ -110,6 +115,9 @@ BAD: list[tuple[Callable[..., Any], str, st.SearchStrategy[Any], str, type[Excep
     (spec, "env", not_environments, "JobSpec.env", SpecError),
     (spec, "user", st.sampled_from(["", 0]), "JobSpec.user", SpecError),
     (spec, "labels", st.sampled_from([5, {"a": 1}, {1: "a"}, "a=b"]), "JobSpec.labels", SpecError),
+    (spec, "limits", st.sampled_from([None, 5, {"processes": 5}, "none", StopPolicy()]), "JobSpec.limits", SpecError),
+    (Limits, "memory_bytes", not_memory, "Limits.memory_bytes", SpecError),
+    (Limits, "processes", not_processes, "Limits.processes", SpecError),
     (StopPolicy, "kill_wait", not_bounds, "StopPolicy.kill_wait", SpecError),
     (
         StopPolicy,
@@ -120,6 +128,8 @@ BAD: list[tuple[Callable[..., Any], str, st.SearchStrategy[Any], str, type[Excep
     ),
     (Settings, "kill_wait", not_bounds, "kill_wait", SettingsError),
     (Settings, "orphan_grace", not_lengths, "orphan_grace", SettingsError),
+    (Settings, "guardian_timeout", not_bounds, "guardian_timeout", SettingsError),
+    (Settings, "containment", st.sampled_from(["docker", "", None, 5, [], "Cgroup"]), "containment", SettingsError),
     (Settings, "executor", st.sampled_from(["docker", "", None, 5, []]), "executor", SettingsError),
     (Settings, "state_dir", not_paths | st.none(), "state_dir", SettingsError),
     (Settings, "agent", st.sampled_from([None, {}, IndexSettings()]), "agent", SettingsError),
@@ -170,6 +180,9 @@ def test_bad_values_are_refused_by_name_value_and_rule(
         IndexSettings(),
         spec(),
         StopPolicy(),
+        Limits(),
+        SweepReport(),
+        Leftover(1, 0.0, "sleep"),
         Usage(),
         IndexReport(),
         JobResult(job_id="j", outcome=model.Outcome.COMPLETED),

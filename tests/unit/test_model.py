@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 import supervise
-from supervise import AgentReport, FailureKind, JobResult, JobSpec, MockAgent, Outcome, SpecError, Usage, WatchMetrics
+from supervise import (
+    AgentReport,
+    FailureKind,
+    JobResult,
+    JobSpec,
+    Limits,
+    MockAgent,
+    Outcome,
+    SpecError,
+    Usage,
+    WatchMetrics,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,14 @@ def test_a_user_that_cannot_be_one(user: Any) -> None:
 def test_the_steps_of_a_script_are_no_text() -> None:
     with pytest.raises(SpecError, match=r"MockAgent.steps is the text 'abc'.*write \['abc'\]"):
         MockAgent(steps="abc")
+
+
+@pytest.mark.parametrize(
+    ("limits", "any_is_set"),
+    [(Limits(), False), (Limits(processes=1), True), (Limits(memory_bytes=1 << 20), True)],
+)
+def test_limits_are_something_where_one_is_set(limits: Limits, any_is_set: bool) -> None:
+    assert bool(limits) == any_is_set
 
 
 def test_how_an_agent_is_written_is_public() -> None:
