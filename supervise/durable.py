@@ -47,14 +47,20 @@ def sync_directory(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Make a directory and its parents; nobody else may look into the last one.
+    """Make a directory and its parents; nobody else may look into the last one, which must be no link.
 
     Raises:
-        OSError: it cannot be made, or is there and belongs to somebody else.
+        OSError: it cannot be made, or is there and a link, or belongs to somebody else.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.stat()
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is a link; a directory has to be there", str(path))
     if found.st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, f"{path} belongs to another user (uid {found.st_uid})", str(path))
     if stat.S_IMODE(found.st_mode) & 0o077:
-        path.chmod(0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fchmod(descriptor, 0o700)
+        finally:
+            os.close(descriptor)

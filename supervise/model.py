@@ -203,8 +203,11 @@ def _least(least: int, rule: str) -> Validator:
 class Limits:
     """Bounds for all processes of a job together, kept by the kernel's cgroup controllers.
 
+    A controller that is not enabled yet is enabled in `cgroup.subtree_control` of the group that holds the
+    supervisor's, and stays so.
+
     Attributes:
-        memory_bytes: memory, in bytes; past it the kernel kills. `None` for no limit.
+        memory_bytes: memory, in bytes; past it the kernel kills. Swap is limited to 0 with it. `None` for no limit.
         processes: processes and threads at a time; past it no more can be forked. `None` for no limit.
 
     Raises:

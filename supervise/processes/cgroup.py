@@ -103,6 +103,9 @@ class Group:
     def limit(self, limits: Limits) -> None:
         """Set limits for all in it together. It must be a group in the supervisor's own.
 
+        Swap is limited to 0 along with the memory. A controller that has to be enabled for it, in the supervisor's
+        group and in the one above, stays enabled there.
+
         Raises:
             NoLimit: the controllers are not there, or not ours to use.
         """

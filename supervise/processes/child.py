@@ -281,10 +281,15 @@ class ProcessTree:
 
     async def _end_all_there_is(self) -> tuple[Survivor, ...]:
         try:
-            left = [] if await self._end_all() else self._containment.members()
+            ended = await self._end_all() or self._containment.empty()
+            left = [] if ended else self._containment.members()
         except OSError as error:
             return await self._end_unseen(error)
         survivors = [self._survivor(process) for process in left]
+        if not ended and not left:
+            survivors.append(
+                Survivor(0, 0.0, "?", self.role, "it lives on, hidden from us: /proc shows no process of it")
+            )
         told = {process.pid for process in left}
         leaders = [child for child in self._children if child.pid not in told]
         # The end of each leader is told before its tree is called empty.

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any, final
 
 import trio
@@ -22,10 +23,11 @@ from supervise.model import ExitStatus
 from supervise.processes import identity
 from supervise.processes.cgroup import Group, NoLimit
 from supervise.processes.containment import Command, Pipes
-from supervise.processes.helper import Helper, Limits, changed_limits, send
+from supervise.processes.helper import Helper, Limits, changed_limits, is_closed, send
 from supervise.processes.identity import Process
 from supervise.processes.marked import Marked
 from supervise.processes.program import credentials, find_program, spawn_error
+from supervise.processes.session import spawning
 
 log = logging.getLogger("supervise.processes")
 
@@ -51,7 +53,7 @@ class GuardedLeader:
         self.status: ExitStatus | None = None
         self.ended = trio.Event()
         self._owner = owner
-        self._pidfd = _pidfd_of(pid, start)
+        self._pidfd = identity.pidfd_of(pid, start)
 
     async def wait(self) -> ExitStatus:
         if self._pidfd is not None:
@@ -63,6 +65,7 @@ class GuardedLeader:
                     break
                 remedy()
         await self.ended.wait()
+        self.close()
         assert self.status is not None
         return self.status
 
@@ -104,6 +107,7 @@ class GuardianContainment:
         self._leaders: dict[int, GuardedLeader] = {}
         self._unanswered: list[float] = []
         self._answers: dict[int, Message | None] = {}
+        self._asked: set[int] = set()  # spawns that no answer has come for
         self._spawns = 0
         self._spawned = 0
         self._told_empty = 0
@@ -113,7 +117,9 @@ class GuardianContainment:
     # --- starting
 
     async def spawn(self, command: Command, pipes: Pipes) -> GuardedLeader:
-        program = _program(command, Marked.environment(self._token))
+        # In a thread: the program, its directory and its user may be behind a network that hangs.
+        make = partial(_program, command, Marked.environment(self._token))
+        program = await trio.to_thread.run_sync(make, limiter=spawning())
         if self._lost is not None:
             raise self._no_guardian(command)
         try:
@@ -144,8 +150,11 @@ class GuardianContainment:
             path = None if self._group is None else str(self._group.path)
             request = marshal.dumps({"op": "spawn", "id": number, "cgroup": path})
             send(self._control, request, [memory, pipes.stdin, pipes.stdout, pipes.stderr])
+            self._asked.add(number)
         except (BrokenPipeError, ConnectionResetError):
             self._answers[number] = None  # it is dead: the reader will find out, too
+        except BlockingIOError:  # it was stopped, and its queue is full
+            self.give_up()
         finally:
             os.close(memory)
         for bound, remedy in ((self.timeout / 2, self.rouse), (self.timeout / 2, self.give_up), (1.0, self.rouse)):
@@ -190,15 +199,17 @@ class GuardianContainment:
             case "hello":
                 self._guardian = (message["pid"], message["start"])
                 self._helper.guardians.add(message["pid"])
-                self._pidfd = _pidfd_of(*self._guardian)
+                self._pidfd = self._open_guardian()
             case "started":
                 self._spawned += 1
                 leader = GuardedLeader(message["pid"], message["start"], self)
                 self._leaders[leader.pid] = leader
+                self._asked.discard(message["id"])
                 self._answers[message["id"]] = message
                 keepers = [self._guardian] if self._guardian else []
                 self._helper.record.enter(self._token, self._leaders, keepers)
             case "refused":
+                self._asked.discard(message["id"])
                 self._answers[message["id"]] = message
             case "ended":
                 for pid, code in message["leaders"]:
@@ -212,12 +223,14 @@ class GuardianContainment:
     def _lose(self) -> None:
         """The guardian is dead. The zygote ends what it has left; if that is dead, too, we do."""
         self._close_control()
+        self._asked.clear()
         for number in range(1, self._spawns + 1):
             self._answers.setdefault(number, None)
         if self._guardian is None:  # it was never there
             self._answers = {self._spawns: None}
             return
         log.warning("the guardian (process %d) of a tree was killed: the tree is ended", self._guardian[0])
+        self._helper.guardians.discard(self._guardian[0])
         leaders = [(leader.pid, leader.start) for leader in self._leaders.values()]
         self._lost = Marked(self._token, since=self._since, lost=leaders, group=self._group)
         for leader in self._leaders.values():
@@ -236,18 +249,18 @@ class GuardianContainment:
     def empty(self) -> bool:
         if self._lost is not None:
             return not self.members() and self._lost.empty()
-        return self._told_empty == self._spawned
+        return self._told_empty == self._spawned and not self._asked
 
     def signal(self, number: int) -> int:
         if self._lost is not None:
             self._helper.rouse()
             return self._lost.signal(number)
+        if self._group is not None and number == signal.SIGKILL:
+            self._group.kill()  # the kernel's own, against which nobody can fork
         try:
             count = len(self.members())  # before they end
         except OSError:  # no descriptor is free to count them; the guardian needs none
             count = sum(leader.status is None for leader in self._leaders.values())
-        if self._group is not None and number == signal.SIGKILL:
-            self._group.kill()  # the kernel's own, against which nobody can fork
         self._tell(number, None)
         return count
 
@@ -288,6 +301,8 @@ class GuardianContainment:
             self._lost.close()
         if self._group is not None and (self._lost is not None or self._guardian is None):
             self._group.remove()  # else the guardian does, as its last act
+        if self._guardian is not None and not survivors:  # else it stays, and is no orphan
+            self._helper.guardians.discard(self._guardian[0])
         if self._leaders and not survivors:
             self._helper.record.strike(self._token)
 
@@ -313,7 +328,7 @@ class GuardianContainment:
 
     def _signal_guardian(self, number: int) -> None:
         if self._pidfd is None and self._guardian is not None:  # no descriptor was free when it said hello
-            self._pidfd = _pidfd_of(*self._guardian)
+            self._pidfd = self._open_guardian()
         if self._pidfd is not None:
             try:
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -321,10 +336,22 @@ class GuardianContainment:
                 if error.errno != errno.ESRCH:
                     log.warning("the guardian (process %s) could not be signalled: %s", self._guardian, error.strerror)
 
+    def _open_guardian(self) -> int | None:
+        """Proved by its socket, as /proc may hide it from us: as long as that is open, the pid is its own."""
+        assert self._guardian is not None
+        try:
+            pidfd = os.pidfd_open(self._guardian[0])
+        except OSError:  # it is gone, which its socket tells; or no descriptor is free
+            return None
+        if self._control is not None and not is_closed(self._control):
+            return pidfd
+        os.close(pidfd)
+        return None
+
     def _close_control(self) -> None:
         if self._control is not None:
             trio.lowlevel.notify_closing(self._control)
-            self._control.close()
+            self._helper.close(self._control)
             self._control = None
             self._opened = trio.Event()
 
@@ -386,18 +413,3 @@ def _refused(command: Command, number: int, stage: str) -> SpawnError:
         case "limits":
             return SpawnError(name, "limit", f"{name!r} was not started: its resource limits could not be set: {text}")
     return spawn_error(command, OSError(number, text))
-
-
-def _pidfd_of(pid: int, start: int) -> int | None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:  # it is gone, which its socket tells; or no descriptor is free
-        return None
-    try:
-        now = identity.read(pid)
-    except OSError:  # that was the last descriptor
-        now = None
-    if now is not None and now.start == start:
-        return pidfd
-    os.close(pidfd)
-    return None

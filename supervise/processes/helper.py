@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import logging
 import marshal
 import os
@@ -34,6 +35,14 @@ KEPT = ("LD_LIBRARY_PATH", MARK)
 
 ZYGOTE = "zygote"
 
+#: How long a zygote that has closed its socket may take to end, in seconds.
+ENDS_SOON = 1.0
+
+#: Interpreters that have run a guardian for this process.
+_proved: set[str] = set()
+
+NAMESPACES = sorted(set(os.listdir("/proc/self/ns")) - {"time_for_children"}) if os.path.isdir("/proc/self/ns") else ()
+
 LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 
 Limits = dict[int, tuple[int, int] | None]
@@ -64,6 +73,7 @@ class Helper:
         self._running: _Running | None = None
         self._earlier: list[_Running] = []
         self._spare: socket.socket | None = None
+        self._pid = os.getpid()
 
     async def ask(self) -> socket.socket:
         """Ask for a guardian. Returns our end of its socket; if it is closed before it says hello, there is none.
@@ -75,8 +85,8 @@ class Helper:
         """
         try:
             running = await self.start()
-            if self._spare is not None and _is_closed(self._spare):  # it was killed meanwhile
-                self._spare.close()
+            if self._spare is not None and is_closed(self._spare):  # it was killed meanwhile
+                self.close(self._spare)
                 self._spare = None
             control = self._spare if self._spare is not None else self._request(running)
         except (BrokenPipeError, ConnectionResetError, BlockingIOError):  # it was killed; or stopped for long
@@ -86,13 +96,31 @@ class Helper:
         self._fork_in_advance()
         return control
 
-    async def warm(self) -> None:
-        """Start it, with a guardian, before somebody waits for them."""
+    async def warm(self) -> str | None:
+        """Start it, with a guardian, before somebody waits for them.
+
+        Returns:
+            Why this Python cannot run a guardian, found out by trying once; `None` if it can.
+        """
         try:
-            await self.start()
+            running = await self.start()
         except OSError:  # whoever asks will be told
-            return
+            return None
         self._fork_in_advance()
+        if sys.executable in _proved:
+            return None
+        if self._spare is not None:
+            with trio.move_on_after(self.timeout):
+                await trio.lowlevel.wait_readable(self._spare)
+            if self._in_advance():
+                _proved.add(sys.executable)
+                return None
+        with trio.move_on_after(ENDS_SOON):
+            await running.ended()
+        if running.popen.poll() is None:  # whoever asks will be told
+            return None
+        said = " ".join(running.complaints_text().split())
+        return f"{sys.executable} cannot run a guardian: {said or 'it said nothing'}"
 
     def _fork_in_advance(self) -> None:
         try:
@@ -120,6 +148,7 @@ class Helper:
             if running is not None and running.identity == _identity() and running.popen.poll() is None:
                 return running
             self._drop()
+            self._forget_ended()
             start = partial(_start, self.scan, self.cgroup)
             self._running = await trio.to_thread.run_sync(start, limiter=spawning())
             self.record.enter(ZYGOTE, [], [(self._running.popen.pid, self._running.start)])
@@ -146,6 +175,16 @@ class Helper:
             hello = b""
         return {marshal.loads(hello)["pid"]} if hello else set()
 
+    def close(self, sock: socket.socket) -> None:
+        """Close our end. A process that our host forked may have it, too: then closing alone would tell nobody."""
+        if os.getpid() == self._pid:  # but such a process must not end what is ours
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # the other end was faster
+                    raise
+        sock.close()
+
     def rouse(self) -> None:
         """If somebody has stopped it, it goes on."""
         for running in (self._running, *self._earlier):
@@ -168,13 +207,18 @@ class Helper:
         self._earlier.clear()
         self.record.strike(ZYGOTE)
 
+    def _forget_ended(self) -> None:
+        for running in [each for each in self._earlier if each.popen.poll() is not None]:
+            self._earlier.remove(running)
+            running.tell_complaints()
+
     def _drop(self) -> None:
         """Ask nothing more of the one that runs: it ends when its guardians have."""
         if self._spare is not None:
-            self._spare.close()
+            self.close(self._spare)
             self._spare = None
         if self._running is not None:
-            self._running.requests.close()
+            self.close(self._running.requests)
             self._earlier.append(self._running)
             self._running = None
 
@@ -193,25 +237,35 @@ class _Running:
         self.start = process.start if process else -1
 
     def send(self, number: int) -> None:
-        self.popen.send_signal(number)  # which polls first, so that the pid is still its own
+        try:
+            self.popen.send_signal(number)  # which polls first, so that the pid is still its own
+        except PermissionError:  # we have become another user since
+            log.warning("the forking helper (process %d) may not be signalled", self.popen.pid)
+
+    def complaints_text(self) -> str:
+        return os.pread(self.complaints, 1 << 16, 0).decode("utf-8", "replace").strip()
 
     async def end(self, timeout: float) -> None:
         for number in (None, signal.SIGCONT, signal.SIGKILL):
             if number is not None:
                 self.send(number)
             with trio.move_on_after(timeout if number is None else 1.0):
-                await self._ended()
+                await self.ended()
                 break
         else:
             log.error("the forking helper (process %d) does not end", self.popen.pid)
         self.popen.poll()
+        self.tell_complaints()
+
+    def tell_complaints(self) -> None:
+        """What it has written to standard error is a bug of ours."""
         try:
-            if text := os.pread(self.complaints, 1 << 16, 0).decode("utf-8", "replace").strip():
+            if text := self.complaints_text():
                 log.error("the forking helper complained: %s", text)
         finally:
             os.close(self.complaints)
 
-    async def _ended(self) -> None:
+    async def ended(self) -> None:
         if self.popen.poll() is not None:
             return
         try:
@@ -264,7 +318,7 @@ def _start(scan: bool, cgroup: Path | None) -> _Running:
             os.close(lifeline)
 
 
-def _is_closed(sock: socket.socket) -> bool:
+def is_closed(sock: socket.socket) -> bool:
     """Whether the other end is gone, whatever it has said before."""
     poll = select.poll()
     poll.register(sock, 0)  # asks for nothing, so that only a hangup is told
@@ -283,11 +337,21 @@ def changed_limits(known: Limits) -> list[tuple[int, int, int]]:
 
 
 def _limits() -> dict[int, tuple[int, int]]:
-    """Our resource limits. No core dumps: they would hold keys, and be left behind."""
-    return {number: resource.getrlimit(number) for number in LIMITS} | {resource.RLIMIT_CORE: (0, 0)}
+    """Our resource limits. No core dumps: they would hold keys, and be left behind.
+
+    One byte is too little for a file, and is what stops a core_pattern that is a pipe (the kernel's do_coredump).
+    """
+    ours = {number: resource.getrlimit(number) for number in LIMITS}
+    core = min(1, ours[resource.RLIMIT_CORE][1] % (1 << 64))  # where it is 0, nobody may raise it; -1 is no limit
+    return ours | {resource.RLIMIT_CORE: (core, core)}
 
 
 def _identity() -> tuple[Any, ...]:
-    """What a zygote has from us for good: who we are, and what no child of its may exceed."""
+    """What a zygote has from us for good: who and where we are, what we may do, and what no child of its may exceed."""
+    with open("/proc/self/status", "rb") as file:
+        rights = tuple(
+            line for line in file if line.startswith((b"Uid", b"Gid", b"Groups", b"Cap", b"NoNew", b"Seccomp"))
+        )
+    spaces = tuple(os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES)
     hard = tuple(hard for _, hard in _limits().values())
-    return (os.getresuid(), os.getresgid(), tuple(os.getgroups()), hard)
+    return (rights, spaces, os.readlink("/proc/self/root"), os.nice(0), hard)

@@ -10,6 +10,9 @@ from functools import lru_cache
 
 from attrs import frozen
 
+#: How many processes one walk through a tree finds at most.
+MOST = 1000
+
 _GONE = (errno.ENOENT, errno.ESRCH)  # a read in /proc fails with either, see proc(5)
 _HIDDEN = (errno.EACCES, errno.EPERM)  # somebody else's, where /proc is mounted with hidepid
 
@@ -58,6 +61,33 @@ def read(pid: int) -> Process | None:
     return None if fields is None else _process(pid, fields)
 
 
+def start_of(pid: int) -> int:
+    """When the process of this pid was started; -1 if there is none, or no descriptor is free to look."""
+    try:
+        process = read(pid)
+    except OSError:
+        return -1
+    return process.start if process else -1
+
+
+def pidfd_of(pid: int, start: int) -> int | None:
+    """A descriptor of this process. None: it is gone, its pid is somebody else's, or no descriptor is free."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    is_it = False
+    try:
+        now = read(pid)  # after the descriptor was opened: it is of whoever had the pid then
+        is_it = now is not None and now.start == start
+    except OSError:  # that was the last descriptor
+        return None
+    finally:
+        if not is_it:
+            os.close(pidfd)
+    return pidfd if is_it else None
+
+
 def started_since(start: int, *, skip: Collection[int] = ()) -> tuple[list[Process], set[int]]:
     """The processes that were started at `start` (in ticks) or later, and the pids of all that were seen.
 
@@ -75,10 +105,10 @@ def started_since(start: int, *, skip: Collection[int] = ()) -> tuple[list[Proce
     return found, seen
 
 
-def descendants(pid: int, *, without: Collection[int] = ()) -> list[Process]:
+def descendants(pid: int, *, without: Collection[int] = (), most: int = MOST) -> list[Process]:
     """The processes below one, itself not among them; whoever is in `without` is passed over, with all below it.
 
-    One walk may miss who forks or ends meanwhile.
+    One walk may miss who forks or ends meanwhile. It ends at `most`: a swarm must not hold up who looks.
     """
     known = None if TELLS_CHILDREN else _children_by_parent()
     found: list[Process] = []
@@ -86,6 +116,8 @@ def descendants(pid: int, *, without: Collection[int] = ()) -> list[Process]:
     while todo:
         parent = todo.pop()
         for child in _children(parent) if known is None else known.get(parent, ()):
+            if len(found) >= most:
+                return found
             if child not in without and (process := read(child)) is not None:
                 found.append(process)
                 todo.append(child)

@@ -137,10 +137,12 @@ class Marked:
         self.since = identity.now_in_ticks() if since is None else since
         self.changed = time.monotonic()
         self._known = set(lost or ())
-        self._held: set[int] = set()  # leaders that stay zombies until the tree is closed
+        #: Leaders that stay zombies until the tree is closed: pid to pidfd and start.
+        self._held: dict[int, tuple[int, int]] = {}
         self._is_lost = lost is not None  # to be looked for, though we have started nothing
         self._lost = dict(self._known)
         self._group = group
+        self._ends_group = group is not None  # all that is in it at once
         self._keepers = set(keepers)
         self._not_ours: dict[int, str] = {}
         self._reserve: list[int] = []
@@ -153,12 +155,20 @@ class Marked:
         """What the marker is in the environment of a child: ours, if we have one, and the token."""
         return {MARK: "/".join(filter(None, [os.environ.get(MARK, ""), token]))}
 
-    def hold(self, leader: int) -> None:
-        """A leader was started; its pid is its own until `close`."""
-        self._held.add(leader)
+    def hold(self, leader: int, pidfd: int) -> None:
+        """A leader was started, a child of ours; its pid is its own until `close`, unless somebody reaps it."""
+        self._held[leader] = (pidfd, identity.start_of(leader))
         self._shared.leaders.add(leader)
         self._change()
         self._fill_reserve()
+
+    def _let_go(self) -> None:
+        """Leaders that were reaped behind our back may be strangers by now, by their pids."""
+        for leader, (pidfd, start) in list(self._held.items()):
+            if not is_child(os.P_PIDFD, pidfd):
+                del self._held[leader]
+                self._lost[leader] = start
+                self._is_lost = True
 
     def members(self) -> list[Process]:
         if not (self._held or self._is_lost):
@@ -173,12 +183,13 @@ class Marked:
             look = self._shared.look(self)
             # Who forks and ends while /proc is read is missed, and its child too. A second look at what is new
             # since the first finds the child.
-            grouped = self._group is not None and self._group.populated()
+            grouped = self._group is not None and self._ends_group and self._group.populated()
             return not grouped and not self._members(look) and not self._members(look.again())
 
     def _members(self, look: Look) -> list[Process]:
         token = self.token.encode()
-        leaders = self._held | {pid for pid, start in self._lost.items() if self._leads(look, pid, start)}
+        self._let_go()
+        leaders = self._held.keys() | {pid for pid, start in self._lost.items() if self._leads(look, pid, start)}
         found = {process.pid: process for leader in leaders for process in look.near.get(leader, ())}
         for pid, start in self._known:
             if (process := look.processes.get(pid)) is not None and process.start == start:
@@ -186,9 +197,7 @@ class Marked:
         for pid, environment in look.environments.items():
             if token in environment:
                 found[pid] = look.processes[pid]
-        for pid in self._group.pids() if self._group else ():
-            if (member := look.processes.get(pid) or identity.read(pid)) is not None:
-                found[pid] = member
+        found |= self._grouped(look)
         new = [*found, *(pid for pid, start in self._keepers if look.shows(pid, start))]
         while new:  # children of members are members, whatever they did to their session and environment
             for child in look.children.get(new.pop(), ()):
@@ -201,14 +210,23 @@ class Marked:
         self._known = self._known | known if look.is_second else known
         return members
 
+    def _grouped(self, look: Look) -> dict[int, Process]:
+        """Those in the cgroup."""
+        if self._group is None:
+            return {}
+        found = {pid: look.processes.get(pid) or identity.read(pid) for pid in self._group.pids()}
+        still = set(self._group.pids())  # who is not: its pid may have been a stranger's when it was looked at
+        return {pid: process for pid, process in found.items() if process is not None and pid in still}
+
     def _leads(self, look: Look, pid: int, start: int) -> bool:
         """Whether the session of a leader that we do not hold is still the tree's."""
         return not look.is_strangers(pid, start)
 
     def signal(self, number: int) -> int:
         members = self.members()
-        if self._group is not None and number == signal.SIGKILL:
+        if self._group is not None and self._ends_group and number == signal.SIGKILL:
             self._group.kill()
+        self._let_go()
         for leader in {member.group for member in members if member.group in self._held}:
             # One call for the whole group: a child forked meanwhile gets the signal, too.
             for each in (number, signal.SIGCONT):
@@ -219,7 +237,7 @@ class Marked:
         with self._descriptors():
             for member in members:
                 if member.group not in self._held:
-                    self._signal_one(member, number)
+                    self._signal_one(member, number, signal.SIGCONT)
         self._change()
         return len(members)
 
@@ -228,34 +246,35 @@ class Marked:
         self.changed = time.monotonic()
 
     def signal_group(self, leader: int, number: int) -> None:
-        """Send one signal to a leader's process group, as a terminal does. The leader must not be reaped yet."""
+        """Send one signal to a leader's process group, as a terminal does."""
+        self._let_go()
         try:
-            os.killpg(leader, number)
-        except (ProcessLookupError, PermissionError) as error:
+            if leader in self._held:
+                os.killpg(leader, number)
+                return
+            members = [member for member in self.members() if member.group == leader]
+        except OSError as error:
             self._refused(leader, error)
+            return
+        with self._descriptors():
+            for member in members:
+                self._signal_one(member, number)
+        self._change()
 
     async def change(self) -> None:
         members = self.members()
         pidfds: list[int] = []
         try:
             for member in members[:WATCHED_AT_ONCE]:
-                try:
-                    pidfds.append(os.pidfd_open(member.pid))
-                except ProcessLookupError:
-                    continue
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE):
-                        raise
+                if (pidfd := identity.pidfd_of(member.pid, member.start)) is None:
                     break
-                now = identity.read(member.pid)
-                if now is None or now.start != member.start:  # the pid went to a stranger: not to be waited for
-                    os.close(pidfds.pop())
+                pidfds.append(pidfd)
             else:
                 async with trio.open_nursery() as nursery:
                     for pidfd in pidfds:
                         nursery.start_soon(trio.lowlevel.wait_readable, pidfd)
                 return
-            await trio.sleep(0.02)  # no descriptor is free: nothing tells, so look again soon
+            await trio.sleep(LOOK_SERVES)  # it has just ended, or no descriptor is free: look again soon
         finally:
             self._change()
             for pidfd in pidfds:
@@ -292,7 +311,7 @@ class Marked:
         except OSError:
             return  # somebody was faster; the next time may be better
 
-    def _signal_one(self, member: Process, number: int) -> None:
+    def _signal_one(self, member: Process, *numbers: int) -> None:
         try:
             pidfd = os.pidfd_open(member.pid)
         except OSError as error:
@@ -302,8 +321,8 @@ class Marked:
             # The descriptor is of whoever has the pid now: is it still the one that was found?
             now = identity.read(member.pid)
             if now is not None and now.start == member.start:
-                signal.pidfd_send_signal(pidfd, number)
-                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+                for number in numbers:
+                    signal.pidfd_send_signal(pidfd, number)
         except OSError as error:
             self._refused(member.pid, error)
         finally:
@@ -312,3 +331,12 @@ class Marked:
     def _refused(self, pid: int, error: OSError) -> None:
         if error.errno != errno.ESRCH:
             self._not_ours[pid] = f"it could not be signalled: {error.strerror}"
+
+
+def is_child(kind: int, number: int) -> bool:
+    """Whether this is a child of ours that nobody has reaped, alive or not: then its pid is its own."""
+    try:
+        os.waitid(kind, number, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True

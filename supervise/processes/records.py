@@ -1,21 +1,26 @@
 """What is on the disk of a supervisor's trees while it lives, so that the next one can end what it left.
 
     STATE_DIR/run/ID/lock         flock(2) as long as the supervisor lives: whoever can take it may sweep
-    STATE_DIR/run/ID/owner.json   boot id, pid and start of the supervisor, its cgroup
+    STATE_DIR/run/ID/owner.json   boot id, pid namespace, pid and start of the supervisor, its cgroup
     STATE_DIR/run/ID/*.json       one for each tree that may have processes, and one for the zygote
 
 The id is also the beginning of the marker that all its processes have in their environment. Nothing is fsynced: a
 record has to outlive the supervisor, and after a power cut there is nothing to end. Blocking calls, no Trio.
+
+Containers may share a state directory: a record of another pid namespace is left alone. Two hosts must not, on a
+network file system whose flock(2) is local to each of them: one would sweep what the other runs.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import stat
 import time
@@ -35,6 +40,10 @@ DIRECTORY = "run"
 LOCK = "lock"
 OWNER = "owner.json"
 NEW = ".new-"
+
+#: What a record is called, and what is in it. All else is somebody else's.
+NAME = re.compile(r"(\.new-)?[0-9a-f]{16}")
+FILES = (LOCK, "*.json", ".*.json.*")
 
 #: How long a record may take to be made, in seconds; it takes a millisecond.
 BEING_MADE = 60.0
@@ -59,18 +68,20 @@ class Record:
         runs = state_dir / DIRECTORY
         durable.make_private(runs)
         new = runs / f"{NEW}{self.id}"
-        new.mkdir(mode=0o700)
         self.directory = runs / self.id
         self._complained = False
         self._owner: dict[str, Any] = {
             "boot_id": boot_id(),
+            "pid_namespace": pid_namespace(),
             "pid": os.getpid(),
-            "start": _start_of(os.getpid()),
+            "start": identity.start_of(os.getpid()),
             "since": identity.now_in_ticks(),
             "cgroup": None,
         }
-        self._lock = _locked(new / LOCK)
+        self._lock = -1
+        new.mkdir(mode=0o700)
         try:
+            self._lock = _locked(new / LOCK, os.O_CREAT)
             durable.replace(new / OWNER, json.dumps(self._owner).encode(), durable=False)
             # Only now: a sweep never sees a record whose lock is not yet taken.
             new.rename(self.directory)
@@ -92,16 +103,23 @@ class Record:
             pids: the leaders.
             keepers: guardian or zygote. They end by themselves, unless somebody has stopped them.
         """
-        processes = [(pid, _start_of(pid)) for pid in pids]
+        processes = [(pid, identity.start_of(pid)) for pid in pids]
         self._write(_name(token), {"token": token, "processes": processes, "keepers": list(keepers)})
 
     def strike(self, token: str) -> None:
         """Nothing of this tree is left."""
-        (self.directory / _name(token)).unlink(missing_ok=True)
+        try:
+            (self.directory / _name(token)).unlink(missing_ok=True)
+        except OSError as error:  # the next sweep finds nobody
+            self._complain(error)
 
     def has_entries(self) -> bool:
         """Whether some tree was not struck out: something of it could not be ended."""
-        return any(path.name != OWNER for path in self.directory.glob("*.json"))
+        try:
+            return any(name != OWNER and name.endswith(".json") for name in os.listdir(self.directory))
+        except OSError as error:
+            self._complain(error)
+            return True
 
     def close(self, *, keep: bool = False) -> None:
         """Remove it, unless something is left that the next supervisor should look after."""
@@ -114,16 +132,20 @@ class Record:
             self._unlock()
 
     def _unlock(self) -> None:
-        _unlock(self._lock)
-        self._lock = -1
+        if self._lock >= 0:
+            _unlock(self._lock)
+            self._lock = -1
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         try:
             durable.replace(self.directory / name, json.dumps(value).encode(), durable=False)
         except OSError as error:  # a full disk must not keep a job from running; the marker is still there
-            if not self._complained:
-                self._complained = True
-                log.warning("the record of processes in %s cannot be written: %s", self.directory, error.strerror)
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            log.warning("the record of processes in %s cannot be written: %s", self.directory, error.strerror)
 
 
 @frozen
@@ -158,13 +180,19 @@ class Leftovers:
 
 
 def leftovers(state_dir: Path) -> list[Leftovers]:
-    """The records whose supervisors are gone. Each is locked for us; living supervisors' are left alone."""
+    """The records whose supervisors are gone. Each is locked for us.
+
+    Left alone are those of living supervisors, and those of another pid namespace: their processes cannot be found
+    from here.
+    """
     found = []
     for directory in _listed(state_dir / DIRECTORY):
         try:
             lock = _locked(directory / LOCK)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):
+            if error.errno == errno.ENOENT and directory.name.startswith(NEW):  # it came no further
+                _discard(directory)
+            elif error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):  # who has no lock is no record of ours
                 log.warning("the record %s cannot be looked at: %s", directory, error.strerror)
             continue
         entries = sorted(directory.glob("*.json"))
@@ -172,7 +200,10 @@ def leftovers(state_dir: Path) -> list[Leftovers]:
             _discard(directory)
             _unlock(lock)
             continue
-        found.append(_read(directory, entries, lock))
+        if (one := _read(directory, entries, lock)) is None:
+            _unlock(lock)
+        else:
+            found.append(one)
     return found
 
 
@@ -181,7 +212,7 @@ def _listed(runs: Path) -> list[Path]:
     try:
         if _is_strangers(runs):
             return []
-        names = sorted(os.listdir(runs))
+        names = sorted(filter(NAME.fullmatch, os.listdir(runs)))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -211,7 +242,8 @@ def _is_being_made(directory: Path) -> bool:
     return directory.name.startswith(NEW) and time.time() - directory.lstat().st_mtime < BEING_MADE
 
 
-def _read(directory: Path, entries: Iterable[Path], lock: int) -> Leftovers:
+def _read(directory: Path, entries: Iterable[Path], lock: int) -> Leftovers | None:
+    """What is in a record; None if another pid namespace of this boot is its."""
     processes: list[PidStart] = []
     keepers: list[PidStart] = []
     owner: dict[str, Any] = {}
@@ -226,6 +258,8 @@ def _read(directory: Path, entries: Iterable[Path], lock: int) -> Leftovers:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("the record %s does not read: %s; its processes are looked for by their marker", path, error)
     if owner.get("boot_id", boot_id()) == boot_id():
+        if owner.get("pid_namespace", pid_namespace()) != pid_namespace():
+            return None
         since = owner.get("since")
         since = since if isinstance(since, int) else 0
     else:
@@ -245,22 +279,21 @@ def _pid_and_start(value: Any) -> PidStart:
 
 
 def _discard(directory: Path) -> None:
-    """Remove a record, the lock last: whoever makes a new one meanwhile finds nothing to sweep."""
+    """Remove a record and no file of somebody else's, the lock last: without it nobody takes it for a record."""
     try:
-        for path in sorted(directory.iterdir(), key=lambda path: path.name == LOCK):
-            path.unlink(missing_ok=True)
+        ours = [name for name in os.listdir(directory) if any(fnmatch.fnmatchcase(name, kind) for kind in FILES)]
+        for name in sorted(ours, key=LOCK.__eq__):
+            (directory / name).unlink(missing_ok=True)
         directory.rmdir()
     except FileNotFoundError:
         return
     except OSError as error:
-        if error.errno != errno.ENOTEMPTY:  # another sweep has just locked it, and removes it
-            log.warning("the record %s cannot be removed: %s", directory, error.strerror)
+        log.warning("the record %s cannot be removed: %s", directory, error.strerror)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, flags: int = 0) -> int:
     """A descriptor that holds the flock of a file. BlockingIOError: somebody else has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
@@ -289,12 +322,12 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _start_of(pid: int) -> int:
+def pid_namespace() -> str:
+    """Which numbering of processes this is: boot id, pids and start times mean nothing in another."""
     try:
-        process = identity.read(pid)
-    except OSError:  # no descriptor is free; the marker is still there
-        return -1
-    return process.start if process else -1
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # a kernel without
+        return ""
 
 
 def _name(token: str) -> str:

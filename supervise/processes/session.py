@@ -1,7 +1,8 @@
 """Containment by session, process group and environment marker: what any POSIX system with `/proc` can do.
 
 The leader gets a session (and so a process group) of its own and stays a zombie until the tree is closed:
-while it is there, the kernel gives its pid to nobody, so that a signal to the group cannot hit a stranger.
+while it is there, the kernel gives its pid to nobody, so that a signal to the group cannot hit a stranger. A host
+that ignores SIGCHLD, or reaps all children there are, takes that away: then members are signalled one by one.
 Who left the session is found by the marker that every descendant inherits, and by its parents.
 
 What this cannot promise: a process that left the session, cleared its environment and lost its parent before
@@ -23,7 +24,7 @@ import trio
 from supervise.errors import SpawnError, UnsupportedPlatform
 from supervise.model import ExitStatus
 from supervise.processes.containment import Command, Pipes
-from supervise.processes.marked import Marked
+from supervise.processes.marked import Marked, is_child
 from supervise.processes.program import credentials, find_program, spawn_error
 from supervise.processes.records import Record
 
@@ -57,6 +58,13 @@ def require_platform() -> None:
         raise UnsupportedPlatform(
             "supervise needs Linux 5.4 or newer with /proc mounted to own a tree of processes; "
             f"this is {sys.platform}. Run it on Linux, or in a Linux container."
+        )
+    known_as = os.readlink("/proc/self")
+    if known_as != str(os.getpid()):
+        raise UnsupportedPlatform(
+            "/proc belongs to another pid namespace, so that no process can be found by its pid: this one is "
+            f"{os.getpid()} here, and {known_as} there. Mount /proc in the namespace of this process: "
+            "`mount -t proc proc /proc`, or `unshare --pid --fork --mount-proc`."
         )
 
 
@@ -103,11 +111,6 @@ class SessionContainment(Marked):
         self._leaders: list[SessionLeader] = []
 
     async def spawn(self, command: Command, pipes: Pipes) -> SessionLeader:
-        program = find_program(command)
-        if self._refusal is not None:
-            name = command.argv[0]
-            raise SpawnError(name, "limit", f"{name!r} was not started: {self._refusal}")
-        user = credentials(command)
         options: dict[str, Any] = {
             "stdin": pipes.stdin,
             "stdout": pipes.stdout,
@@ -116,21 +119,30 @@ class SessionContainment(Marked):
             "env": {**command.env, **self.environment(self.token)},
             "start_new_session": True,
         }
-        if user is not None:
-            options |= {"user": user.uid, "group": user.gid, "extra_groups": user.groups}
         # Not abandoned when cancelled: Trio waits for the thread, so the child is known before anything else runs.
-        popen = await trio.to_thread.run_sync(partial(_popen, program, command, options), limiter=spawning())
+        popen = await trio.to_thread.run_sync(partial(self._popen, command, options), limiter=spawning())
         try:
             leader = SessionLeader(popen, os.pidfd_open(popen.pid), self._change)
         except OSError as error:  # out of descriptors: no child is left half started
-            os.killpg(popen.pid, signal.SIGKILL)
+            if is_child(os.P_PID, popen.pid):
+                os.killpg(popen.pid, signal.SIGKILL)
             popen.wait()
             raise spawn_error(command, error) from None
         self._leaders.append(leader)
-        self.hold(leader.pid)
+        self.hold(leader.pid, leader.pidfd)
         if self._record is not None:
             self._record.enter(self.token, [each.pid for each in self._leaders])
         return leader
+
+    def _popen(self, command: Command, options: dict[str, Any]) -> subprocess.Popen[bytes]:
+        """Runs in a worker thread: files and users may be on a network that does not answer."""
+        program = find_program(command)
+        if self._refusal is not None:
+            name = command.argv[0]
+            raise SpawnError(name, "limit", f"{name!r} was not started: {self._refusal}")
+        if (user := credentials(command)) is not None:
+            options = {**options, "user": user.uid, "group": user.gid, "extra_groups": user.groups}
+        return _popen(program, command, options)
 
     async def serve(self) -> None:
         """Nothing is to be done: the kernel tells."""

@@ -13,12 +13,13 @@ import trio
 from attrs import evolve
 
 from supervise.errors import SpawnError
-from supervise.model import Leftover, StopPolicy, SweepReport
+from supervise.model import Leftover, StopPolicy, Survivor, SweepReport
 from supervise.processes import identity
 from supervise.processes.cgroup import Group
 from supervise.processes.child import TreeOptions, open_tree
 from supervise.processes.containment import Command, Leader, Pipes
 from supervise.processes.hurry import Hurry
+from supervise.processes.identity import Process
 from supervise.processes.marked import Look, Marked
 from supervise.processes.records import Leftovers, PidStart, leftovers
 from supervise.processes.session import spawning
@@ -27,6 +28,9 @@ log = logging.getLogger("supervise.processes")
 
 #: Guardians and zygotes end by themselves when their tree is empty. Whoever does not, in seconds, was stopped.
 KEEPERS_GONE = 1.0
+
+#: Why somebody is left alone who belongs to what is swept.
+SWEEPS = "it runs this sweep"
 
 
 async def sweep(state_dir: Path, *, grace: float, kill_wait: float) -> SweepReport:
@@ -77,28 +81,52 @@ async def _sweep_one(left: Leftovers, report: SweepReport, policy: StopPolicy) -
     options = TreeOptions(mark=left.id, contain=lambda token: containment)
     async with open_tree("sweep", policy, Hurry(), options=options, emit=lambda event: None) as tree:
         pass  # leaving the block ends what is in it
+    survivors = tree.survivors + tuple(
+        Survivor(each.pid, each.start_time, identity.command_of(each.pid), "sweep", SWEEPS)
+        for each in containment.spared()
+    )
     async with trio.open_nursery() as nursery:
         for keeper in left.keepers:
             nursery.start_soon(_end_keeper, keeper)
-    removed = group is not None and await group.remove_soon()
+    removed = group is not None and not containment.spared() and await group.remove_soon()
     report = evolve(
         report,
         supervisors=report.supervisors + 1,
         found=report.found + told,
-        survivors=report.survivors + tree.survivors,
+        survivors=report.survivors + survivors,
         groups=report.groups + removed,
     )
-    return report, bool(tree.survivors) or (group is not None and not removed)
+    return report, bool(survivors) or (group is not None and not removed)
 
 
 @final
 class LeftTree(Marked):
-    """All that one supervisor has left. Nothing can be started in it."""
+    """All that one supervisor has left. Nothing can be started in it.
+
+    Whoever starts a supervisor in a shell that an earlier one has left belongs to that one's tree. The sweep ends
+    neither itself nor its ancestors, nor what it has started.
+    """
 
     tier = "leftovers"
 
     def __init__(self, left: Leftovers, group: Group | None) -> None:
+        self._line = _line()
         super().__init__(left.id, since=left.since, lost=left.processes, group=group, keepers=left.keepers)
+        self._spared: dict[int, Process] = {}
+        # Else the kernel would end us with it.
+        self._ends_group = group is not None and self._line.isdisjoint((p, identity.start_of(p)) for p in group.pids())
+
+    def spared(self) -> list[Process]:
+        """We and our ancestors, as far as they belong to it."""
+        return [*self._spared.values()]
+
+    def _members(self, look: Look) -> list[Process]:
+        members = super()._members(look)
+        self._spared |= {each.pid: each for each in members if (each.pid, each.start) in self._line}
+        if not self._spared:
+            return members
+        ours = {(each.pid, each.start) for each in identity.descendants(os.getpid())}
+        return [each for each in members if (each.pid, each.start) not in self._line | ours]
 
     def _leads(self, look: Look, pid: int, start: int) -> bool:
         # Much may have happened since: the session of a leader that has ended could be a stranger's by its number.
@@ -114,7 +142,7 @@ class LeftTree(Marked):
 
 async def _end_keeper(keeper: PidStart) -> None:
     """Wait until it has ended, as it does without a supervisor and children; or end it."""
-    if (pidfd := _pidfd_of(keeper)) is None:
+    if (pidfd := identity.pidfd_of(*keeper)) is None:
         return
     try:
         for number in (signal.SIGCONT, signal.SIGKILL):
@@ -130,7 +158,7 @@ async def _end_keeper(keeper: PidStart) -> None:
 
 
 def _signal_keeper(keeper: PidStart, number: int) -> None:
-    if (pidfd := _pidfd_of(keeper)) is not None:
+    if (pidfd := identity.pidfd_of(*keeper)) is not None:
         try:
             signal.pidfd_send_signal(pidfd, number)
         except OSError as error:
@@ -140,15 +168,11 @@ def _signal_keeper(keeper: PidStart, number: int) -> None:
             os.close(pidfd)
 
 
-def _pidfd_of(keeper: PidStart) -> int | None:
-    """None if it has ended."""
-    pid, start = keeper
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return None
-    now = identity.read(pid)  # after the descriptor was opened: it is of whoever had the pid then
-    if now is not None and now.start == start:
-        return pidfd
-    os.close(pidfd)
-    return None
+def _line() -> set[PidStart]:
+    """This process and its ancestors."""
+    found: set[PidStart] = set()
+    process = identity.read(os.getpid())
+    while process is not None:
+        found.add((process.pid, process.start))
+        process = identity.read(process.parent) if process.parent else None
+    return found

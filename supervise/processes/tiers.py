@@ -18,7 +18,7 @@ from supervise.processes import cgroup
 from supervise.processes.cgroup import Group, NoCgroup, NoLimit
 from supervise.processes.containment import Containment
 from supervise.processes.guarded import GUARDIAN, GUARDIAN_AND_CGROUP, GuardianContainment
-from supervise.processes.helper import Helper
+from supervise.processes.helper import PROGRAM, Helper
 from supervise.processes.identity import TELLS_CHILDREN
 from supervise.processes.records import Record
 from supervise.processes.session import SessionContainment, require_platform, spawning
@@ -98,8 +98,11 @@ async def open_containments(settings: Settings) -> AsyncIterator[Containments]:
     group: Group | None = None
     try:
         helper, group, notes = _tier(settings, record)
-        if helper is not None:
-            await helper.warm()
+        if helper is not None and (missing := await helper.warm()) is not None:
+            await helper.aclose()
+            if group is not None:
+                await group.remove_soon()
+            helper, group, notes = _without_guardian(settings, missing)
         yield Containments(record, helper, group, notes)
     finally:
         with trio.CancelScope(shield=True):
@@ -117,10 +120,7 @@ def _tier(settings: Settings, record: Record) -> tuple[Helper | None, Group | No
     if wanted == "process-group":
         return None, None, ("the setting containment asks for process-group",)
     if (missing := no_guardian()) is not None:
-        if wanted == "auto":
-            log.warning("no guardian: %s; a process group alone holds each tree", missing)
-            return None, None, (missing,)
-        raise UnsupportedPlatform(f"containment is {wanted!r}, but {missing}; set it to auto or process-group")
+        return _without_guardian(settings, missing)
     notes: tuple[str, ...] = () if TELLS_CHILDREN else (DEGRADED,)
     group: Group | None = None
     if wanted == "guardian":
@@ -144,10 +144,20 @@ def _tier(settings: Settings, record: Record) -> tuple[Helper | None, Group | No
     return helper, group, notes
 
 
+def _without_guardian(settings: Settings, missing: str) -> tuple[None, None, tuple[str, ...]]:
+    if settings.containment != "auto":
+        text = f"containment is {settings.containment!r}, but {missing}; set it to auto or process-group"
+        raise UnsupportedPlatform(text)
+    log.warning("no guardian: %s; a process group alone holds each tree", missing)
+    return None, None, (missing,)
+
+
 def no_guardian() -> str | None:
     """Why there can be no guardian, or None."""
     if not sys.executable or not os.access(sys.executable, os.X_OK):
         return "sys.executable names no Python that could run it (a guardian is a Python program of its own)"
+    if getattr(sys, "frozen", False) or not os.path.isfile(PROGRAM):
+        return "supervise is packed into one file, where a guardian's program cannot be started"
     if not hasattr(os, "memfd_create"):
         return "this Python has no os.memfd_create"
     return None

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from supervise import (
 )
 from supervise.agents.protocol import AgentRun
 from supervise.codec import to_json
-from tests.processes.conftest import TOKEN
+
+if __name__ != "__main__":  # it would need pytest, which takes as long to import as all else
+    from tests.processes.conftest import TOKEN
 
 LIMIT = 30.0  # seconds for anything that is waited for
 NOBODY = 65534
@@ -47,12 +49,28 @@ class Lone:
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self.popen = popen
         self._heard = b""
-        about = json.loads(self.until(r"(\{.*\})"))
-        self.pid: int = about["pid"]
-        self.tier: str = about["tier"]
-        self.notes: list[str] = about["notes"]
-        self.swept: dict[str, Any] = about["swept"]
-        self.group = about["group"] and Path(about["group"])
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What it says of itself. Only who asks waits, so that several can be started side by side."""
+        return dict(json.loads(self.until(r"(\{.*\})")))
+
+    @property
+    def pid(self) -> int:
+        return int(self.about["pid"])
+
+    @property
+    def tier(self) -> str:
+        return str(self.about["tier"])
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self.about["notes"])
+
+    @property
+    def group(self) -> Path | None:
+        """The cgroup of all its trees."""
+        return Path(self.about["group"]) if self.about["group"] else None
 
     def until(self, pattern: str) -> str:
         """The group in the first line that fits; waited for."""
@@ -83,7 +101,9 @@ def lone(*programs: Sequence[str], python: Sequence[str] = (sys.executable,), **
     """Run one, with a job of these programs. It is killed in the end."""
     popen_options = options.pop("popen", {})
     job = {"programs": programs, **options.pop("job", {})}
-    value = json.dumps({"jobs": [job] if programs else [], "settings": options.pop("settings"), **options})
+    value = json.dumps(
+        {"jobs": [job] if programs else [], "settings": options.pop("settings"), "token": TOKEN, **options}
+    )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     command = [*python, __file__, value]
     with subprocess.Popen(
@@ -152,14 +172,13 @@ class Programs:
 
 
 async def main(options: dict[str, Any]) -> None:
-    agent = AgentSettings(pass_env=(TOKEN,), termination_timeout=0.2)
+    agent = AgentSettings(pass_env=(options["token"],), termination_timeout=0.2)
     settings = Settings(agent=agent, **options["settings"])
     async with open_supervisor(settings=settings) as supervisor, trio.open_nursery() as nursery:
         about = {
             "pid": os.getpid(),
             "tier": supervisor.containment,
             "notes": supervisor._containments.notes,
-            "swept": to_json(supervisor.swept),
             "group": str(group_of(supervisor) or ""),
         }
         put(json.dumps(about).encode() + b"\n")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -21,11 +22,11 @@ import trio
 
 import supervise
 from supervise import AgentSettings, FailureKind, IndexSettings, JobSpec, Outcome, Settings
-from supervise.errors import SpawnError
+from supervise.errors import SpawnError, UnsupportedPlatform
 from supervise.model import ExitStatus, Limits, StopPolicy
 from supervise.processes import guarded, helper, identity
 from supervise.processes.child import ProcessTree, TreeOptions, open_tree
-from supervise.processes.containment import Command
+from supervise.processes.containment import Command, Pipes
 from supervise.processes.hurry import Hurry
 from supervise.processes.tiers import open_containments
 from tests.processes.conftest import TOKEN, Leaks
@@ -423,7 +424,7 @@ async def test_a_silent_guardian_is_killed(bench: Bench, monkeypatch: pytest.Mon
         stop_for_ever(owner, tree, monkeypatch)
         with pytest.raises(SpawnError, match="the guardian of its tree was killed"):
             await tree.spawn(owner.command(*SLEEP))
-        assert not is_alive(guardian)
+        await until(lambda: not is_alive(guardian))  # its socket is closed before it is a zombie
         await until(lambda: not is_alive(pid))
     assert tree.survivors == ()
 
@@ -517,7 +518,7 @@ async def test_a_child_is_given_what_we_are_now(bench: Bench) -> None:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert (first["nofile"], second["nofile"], third["nofile"]) == (soft, 300, soft)
     for each in (first, second):
-        assert each["core"] == [0, 0]
+        assert each["core"] == [1, 1]  # bytes: too few for a file, and what stops a pipe
         assert each["fds"] == [0, 1, 2]
         assert each["pid"] == each["session"]
 
@@ -552,14 +553,20 @@ async def test_bytes_that_are_no_text_and_much_environment(bench: Bench) -> None
     assert found["long"] == 30_000
 
 
+CORE = "import resource; print(list(resource.getrlimit(resource.RLIMIT_CORE)))"
+
+
 @within(LIMIT)
 async def test_no_core_dumps(bench: Bench) -> None:
-    async with bench.supervisor() as owner, owner.tree() as tree:
-        core = f"ulimit -c; kill -{int(signal.SIGSEGV)} $$"
-        child = await tree.spawn(owner.command("/bin/sh", "-c", core))
-        assert await child.wait() == ExitStatus(signal="SIGSEGV")
-        await child.drained()
-    assert child.tails()[0] == "0\n"
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    with changed(resource.RLIMIT_CORE, hard):  # we would leave one
+        async with bench.supervisor() as owner, owner.tree() as tree:
+            child = await tree.spawn(owner.command("/bin/sh", "-c", f"kill -{int(signal.SIGSEGV)} $$"))
+            assert await child.wait() == ExitStatus(signal="SIGSEGV")
+            limited = await tree.spawn(owner.command(sys.executable, "-c", CORE))
+            await limited.wait()
+            await limited.drained()
+    assert json.loads(limited.tails()[0]) == [min(1, hard % 2**64)] * 2
     assert not [path for path in bench.path.iterdir() if "core" in path.name]
 
 
@@ -762,3 +769,183 @@ def no_descriptor_but(free: int) -> Iterator[None]:
         finally:
             for each in filled:
                 os.close(each)
+
+
+# --- where a look is not to be had ---------------------------------------------------------------------------
+
+
+@within(LIMIT)
+async def test_guardian_and_zygote_need_no_descriptor_to_end_a_tree(bench: Bench) -> None:
+    async with bench.supervisor() as owner:
+        async with owner.tree() as tree:
+            pids = await stubborn(owner, tree)
+            for pid in (guardian_of(tree), owner.zygote):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
+        assert tree.survivors == ()
+        assert not any(map(is_alive, pids))
+        async with owner.tree(PATIENT) as tree:
+            pids = await stubborn(owner, tree)
+            os.kill(guardian_of(tree), signal.SIGKILL)
+            with trio.fail_after(BOUND):
+                await until(lambda: not any(map(is_alive, pids)))
+
+
+@within(LIMIT)
+async def test_a_spawn_that_is_not_answered_yet_keeps_a_tree_from_being_empty(bench: Bench) -> None:
+    async with bench.supervisor() as owner, owner.tree() as tree:
+        containment: Any = tree._containment
+        await (await tree.spawn(owner.command("/bin/true"))).wait()
+        await until(containment.empty)
+        with pytest.MonkeyPatch.context() as patch, open(os.devnull, "r+b") as null:
+            patch.setattr(trio, "move_on_after", broken_wait)  # as a Ctrl-C that breaks the wait for the answer
+            pipes = Pipes(stdin=null.fileno(), stdout=null.fileno(), stderr=null.fileno())
+            with pytest.raises(KeyboardInterrupt):
+                await containment.spawn(owner.command("/bin/sleep", "0.2"), pipes)
+            assert not containment.empty()
+        await until(containment.empty)
+
+
+def broken_wait(seconds: float) -> Any:
+    raise KeyboardInterrupt
+
+
+HANGS = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import guardian
+guardian.exec_child = lambda *ignored: (signal.pause(), os._exit(0))  # as on a file system that hangs
+ours, theirs = guardian.socket.socketpair()
+read, write = os.pipe()
+if sys.argv[2] == "socket":
+    ours.close()
+else:
+    os.write(write, b"x")
+began = time.monotonic()
+pid, problem = guardian.fork_child({}, [], None, [theirs.fileno(), read])
+print(problem, time.monotonic() - began < 5, flush=True)
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize("lifeline", ["socket", "pidfd"])
+def test_an_exec_that_hangs_does_not_make_a_guardian_deaf(lifeline: str) -> None:
+    command = [sys.executable, "-I", "-S", "-c", HANGS, str(Path(helper.PROGRAM).parent), lifeline]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True)
+    assert done.stdout == "None True\n"
+
+
+@within(LIMIT)
+async def test_a_fork_of_our_host_does_not_keep_the_helper_waiting(bench: Bench) -> None:
+    async with bench.supervisor(guardian_timeout=20.0) as owner:
+        async with owner.tree() as tree:
+            await started(owner, tree, "wait")
+            pid = os.fork()
+            if pid == 0:
+                signal.pause()
+                os._exit(0)
+        began = time.monotonic()
+    try:
+        assert time.monotonic() - began < 10
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@within(LIMIT)
+async def test_zygotes_that_were_killed_cost_no_descriptor(bench: Bench) -> None:
+    counts = []
+    async with bench.supervisor() as owner:
+        for _ in range(5):
+            async with owner.tree() as tree:
+                await started(owner, tree, "wait")
+            os.kill(owner.zygote, signal.SIGKILL)
+            await until(lambda: not is_alive(owner.zygote))
+            counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[-1] <= counts[1]
+
+
+@pytest.mark.parametrize("change", ["os.nice(3)", "ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)", "os.setgroups([7])"])
+def test_what_a_zygote_has_for_good_is_noticed_when_it_changes(change: str) -> None:
+    if "setgroups" in change and os.geteuid() != 0:
+        pytest.skip("only root can change its groups")
+    code = (
+        f"import ctypes, os; from supervise.processes.helper import _identity as i; a = i(); same = a == i(); {change}"
+    )
+    words = [sys.executable, "-c", f"{code}; print(same, a != i())"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, check=True)
+    assert done.stdout == "True True\n"
+
+
+@within(LIMIT)
+async def test_a_python_that_cannot_run_a_guardian_is_no_guardian(
+    leaks: Leaks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    async with open_containments(Settings(state_dir=tmp_path)) as containments:
+        assert containments.tier == "process group"
+        assert "/bin/false cannot run a guardian: it said nothing" in containments.notes[0]
+    with pytest.raises(UnsupportedPlatform, match="containment is 'guardian', but /bin/false cannot run a guardian"):
+        async with open_containments(Settings(state_dir=tmp_path, containment="guardian")):
+            pytest.fail("it was opened")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+HIDDEN = """
+mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"
+"""
+
+
+@as_root
+@pytest.mark.skipif(
+    None in map(shutil.which, ("setpriv", "unshare")), reason="needs util-linux, for a /proc of its own"
+)
+def test_who_is_hidden_from_us_is_ended_all_the_same() -> None:
+    code = textwrap.dedent(
+        """
+        import ctypes, os, signal, sys, trio
+        import supervise
+        from supervise.processes.child import TreeOptions, open_tree
+        from supervise.processes.containment import Command, Pipes
+        from supervise.processes.hurry import Hurry
+        from supervise.processes.tiers import open_containments
+        hide = "import ctypes, os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        hide += "ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); print('up', flush=True); time.sleep(60)"
+        async def main():
+            settings = supervise.Settings(state_dir=sys.argv[1], containment="guardian")
+            policy = supervise.StopPolicy(((signal.SIGTERM, 0.2),), 5.0)
+            async with open_containments(settings) as containments:
+                contain = containments.of_job("j", supervise.Limits())
+                options = TreeOptions(mark="j", contain=contain)
+                up = trio.Event()
+                async with open_tree("x", policy, Hurry(), options=options, emit=lambda e: None) as tree:
+                    command = Command(argv=(sys.executable, "-I", "-S", "-c", hide), cwd="/", env={})
+                    child = await tree.spawn(command, stdout=lambda data: up.set())
+                    await up.wait()
+                print(tree.survivors, child.status, flush=True)
+        trio.run(main)
+        """
+    )
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "PATH": os.environ["PATH"]}
+    state = tempfile.mkdtemp(prefix="supervise-test-", dir="/tmp")
+    try:
+        os.chown(state, 65534, 65534)
+        words = [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--mount",
+            "sh",
+            "-c",
+            HIDDEN,
+            "sh",
+            python_of_nobody(),
+            "-c",
+            code,
+            state,
+        ]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    finally:
+        shutil.rmtree(state)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "() signal SIGKILL\n"

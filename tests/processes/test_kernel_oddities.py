@@ -8,15 +8,19 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from supervise.errors import SpawnError
+from supervise.errors import SpawnError, UnsupportedPlatform
 from supervise.model import ExitStatus, StopPolicy
-from supervise.processes import identity
+from supervise.processes import identity, session
+from supervise.processes.containment import Command
 from supervise.processes.helper import Helper
+from supervise.processes.marked import Marked
 from supervise.processes.session import SPAWNS_AT_ONCE
 from tests.processes.conftest import Leaks
 from tests.processes.test_child import LIMIT, PATIENT, Bench, Heard, is_alive, only, until, within
@@ -69,6 +73,128 @@ async def test_a_leader_that_cannot_be_seen_is_ended(bench: Bench, monkeypatch: 
     # Who is not seen gets no SIGTERM from us; the guardian sees for itself.
     assert child.status == ExitStatus(signal="SIGKILL" if bench.tier == "process-group" else "SIGTERM")
     assert tree.survivors == ()
+
+
+# --- a leader that somebody else has reaped ----------------------------------------------------------------
+
+
+@only("process-group")
+@pytest.mark.parametrize("how", ["SIGCHLD is ignored", "the host reaps all"])
+@pytest.mark.parametrize("end", ["by the policy", "by a signal to the group"])
+@within(LIMIT)
+async def test_a_group_whose_leader_was_reaped_gets_no_signal_as_a_group(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str, end: str
+) -> None:
+    """Its number may be a stranger's. Who is known to belong to it is signalled all the same."""
+    groups: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: groups.append(group))
+    heard = Heard()
+    old = signal.getsignal(signal.SIGCHLD)
+    if how == "SIGCHLD is ignored":
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        async with bench.tree(StopPolicy(((signal.SIGTERM, 5.0),), kill_wait=1.0)) as tree:
+            leader = await tree.spawn(bench.command("/bin/sh", "-c", "sleep 60 & echo member $!"), stdout=heard)
+            member = await heard.pid("member")
+            await leader.wait()
+            if how == "the host reaps all":
+                assert os.waitpid(-1, 0) == (leader.pid, 0)
+            await until(lambda: identity.read(leader.pid) is None)
+            if end == "by a signal to the group":
+                tree._containment.signal_group(leader.pid, signal.SIGKILL)
+                await until(lambda: not is_alive(member))
+    finally:
+        signal.signal(signal.SIGCHLD, old)
+    assert groups == []
+    assert not is_alive(member)
+    assert tree.survivors == ()
+    assert bench.signals == (["SIGTERM"] if end == "by the policy" else [])
+
+
+@only("process-group")
+@within(LIMIT)
+async def test_a_stranger_who_has_the_number_of_a_reaped_leader_is_no_member(bench: Bench) -> None:
+    async with bench.tree(PATIENT) as ours, bench.tree(PATIENT) as others:
+        leader = await ours.spawn(bench.command("/bin/true"))
+        stranger = await others.spawn(bench.command(*SLEEP))
+        await leader.wait()
+        assert os.waitpid(leader.pid, 0) == (leader.pid, 0)
+        containment: Any = ours._containment
+        pidfd, start = containment._held.pop(leader.pid)
+        containment._held[stranger.pid] = (pidfd, start - 1)  # as if it had the pid again, some time later
+        assert ours.members() == []
+        containment.signal_group(stranger.pid, signal.SIGKILL)
+        containment.signal(signal.SIGKILL)
+        assert is_alive(stranger.pid)
+    assert stranger.status == ExitStatus(signal="SIGTERM")
+
+
+class Grouped:
+    """A cgroup that shows other processes each time."""
+
+    def __init__(self, *looks: list[int]) -> None:
+        self.looks = list(looks)
+
+    def pids(self) -> list[int]:
+        return self.looks.pop(0)
+
+
+@only("process-group")
+@pytest.mark.parametrize("still", [True, False])
+@within(LIMIT)
+async def test_who_left_the_cgroup_while_it_was_looked_at_may_be_a_stranger(bench: Bench, still: bool) -> None:
+    async with bench.tree() as tree:
+        pid = (await tree.spawn(bench.command(*SLEEP))).pid
+        group: Any = Grouped([pid], [pid] if still else [])
+        marked = Marked("another token", lost=(), group=group)
+        assert [member.pid for member in marked.members()] == ([pid] if still else [])
+        marked.close()
+
+
+def test_a_descriptor_is_given_of_the_right_process_alone(leaks: Leaks, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = os.getpid()
+    start = identity.start_of(pid)
+    pidfd = identity.pidfd_of(pid, start)
+    assert pidfd is not None
+    os.close(pidfd)
+    assert identity.pidfd_of(pid, start + 1) is None
+    for module, name in ((identity, "_stat"), (os, "pidfd_open")):
+        monkeypatch.setattr(module, name, no_look)
+        assert identity.pidfd_of(pid, start) is None
+    assert identity.start_of(pid) == -1
+    assert leaks.descriptors() == []
+
+
+# --- what is looked up before a start ----------------------------------------------------------------------
+
+
+@only("process-group")
+@within(LIMIT)
+async def test_files_and_users_are_looked_up_in_a_thread(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be on a network that does not answer."""
+    threads = []
+    for name in ("find_program", "credentials"):
+        real = getattr(session, name)
+
+        def noted(command: Command, real: Callable[[Command], object] = real) -> object:
+            threads.append(threading.current_thread())
+            return real(command)
+
+        monkeypatch.setattr(session, name, noted)
+    async with bench.tree() as tree:
+        await (await tree.spawn(bench.command("/bin/true"))).wait()
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
+def test_a_proc_of_another_pid_namespace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readlink", lambda path: "4711")
+        with pytest.raises(UnsupportedPlatform) as caught:
+            session.require_platform()
+    assert "/proc belongs to another pid namespace" in str(caught.value)
+    assert f"this one is {os.getpid()} here, and 4711 there" in str(caught.value)
+    assert "--mount-proc" in str(caught.value)
 
 
 # --- spawns while a tree ends ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import json
 import logging
@@ -161,8 +162,67 @@ def test_a_record_that_is_removed_between_the_look_and_the_lock_is_passed_over(
 def test_a_record_in_which_nothing_was_ever_written_is_removed_and_not_counted(tmp_path: Path) -> None:
     directory = tmp_path / "run" / "0123456789abcdef"
     directory.mkdir(parents=True)
+    (directory / LOCK).touch()
     assert ids(tmp_path) == []
     assert not directory.exists()
+
+
+# --- what is no record -----------------------------------------------------------------------------------------
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {str(path): path.read_text() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["mysqld", "0123456789abcde", "0123456789ABCDEF", "0123456789abcdef0", ".new-x"])
+def test_what_is_not_named_as_a_record_is_left_alone(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "run" / name
+    directory.mkdir(parents=True)
+    for file in (LOCK, OWNER, "mysqld.pid"):
+        (directory / file).write_text("{}")
+    os.utime(directory, (0, 0))
+    before = contents(tmp_path)
+    assert swept(tmp_path) == SweepReport()
+    assert contents(tmp_path) == before
+
+
+def test_a_record_without_a_lock_is_left_alone(tmp_path: Path) -> None:
+    directory = died(tmp_path)
+    (directory / LOCK).unlink()
+    before = contents(tmp_path)
+    assert swept(tmp_path) == SweepReport()
+    assert contents(tmp_path) == before
+
+
+def test_a_strangers_file_keeps_the_directory_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = died(tmp_path)
+    enter(directory)
+    for name in (f".{OWNER}.1234", "mysqld.pid"):  # the first one is ours: a write that was not finished
+        (directory / name).write_text("7")
+    assert swept(tmp_path) == SweepReport(supervisors=1)
+    assert swept(tmp_path) == SweepReport()
+    assert contents(tmp_path) == {str(directory / "mysqld.pid"): "7"}
+    assert warnings(caplog) == [f"the record {directory} cannot be removed: Directory not empty"]
+
+
+def test_a_link_in_place_of_all_records_is_neither_followed_nor_changed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    target.chmod(0o755)
+    (tmp_path / "run").symlink_to(target)
+    with pytest.raises(NotADirectoryError, match="is a link; a directory has to be there"):
+        Record(tmp_path)
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert os.listdir(target) == []
+
+
+def test_the_directory_of_all_records_is_made_private(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o755)
+    Record(tmp_path).close()
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
 
 
 # --- being made ------------------------------------------------------------------------------------------------
@@ -184,10 +244,14 @@ def test_a_record_that_is_being_made_is_left_alone_and_swept_when_it_is_old(
     assert not directory.exists()
 
 
-def test_a_record_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        Record(tmp_path)
+@pytest.mark.parametrize("place", [(durable, "replace"), (fcntl, "flock"), (records, "_locked")])
+def test_a_record_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            Record(tmp_path)
     assert os.listdir(tmp_path / "run") == []
 
 
@@ -201,6 +265,21 @@ def test_of_another_boot_nothing_is_signalled(tmp_path: Path, bystander: subproc
     enter(directory, process, keepers=(process,))
     assert swept(tmp_path) == SweepReport(supervisors=1)
     assert is_alive(bystander.pid)
+    assert not directory.exists()
+
+
+def test_of_another_pid_namespace_nothing_is_touched(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    directory = died(tmp_path)
+    assert json.loads((directory / OWNER).read_text())["pid_namespace"] == os.readlink("/proc/self/ns/pid")
+    change_owner(directory, pid_namespace="pid:[1]", since=0)
+    process = (bystander.pid, start_of(bystander.pid))
+    enter(directory, process, keepers=(process,))
+    before = contents(tmp_path)
+    assert swept(tmp_path) == SweepReport()
+    assert contents(tmp_path) == before
+    assert is_alive(bystander.pid)
+    change_owner(directory, boot_id="another")  # no container of an earlier boot lives
+    assert swept(tmp_path) == SweepReport(supervisors=1)
     assert not directory.exists()
 
 
@@ -350,7 +429,7 @@ def test_a_file_in_place_of_all_records_is_told(tmp_path: Path, caplog: pytest.L
 # --- a full disk -----------------------------------------------------------------------------------------------
 
 
-def full_disk(path: Path, data: bytes, *, durable: bool) -> None:
+def full_disk(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -373,3 +452,23 @@ async def test_a_full_disk_keeps_no_job_from_running_and_is_told_once(
     (told,) = [text for text in warnings(caplog) if "the record" in text]
     assert told.endswith("cannot be written: No space left on device")
     assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_disk_that_cannot_be_written_keeps_the_record_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = Record(tmp_path)
+    record.enter("tree", [os.getpid()])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", full_disk)
+        record.strike("tree")
+        record.strike("tree")
+        assert record.has_entries()
+        patch.setattr(os, "listdir", full_disk)
+        assert record.has_entries()
+        record.close()
+    assert len(list(record.directory.iterdir())) == 3
+    assert warnings(caplog) == [
+        f"the record of processes in {record.directory} cannot be written: No space left on device",
+        f"the record {record.directory} cannot be removed: No space left on device",
+    ]

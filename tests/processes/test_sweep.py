@@ -19,13 +19,13 @@ import trio
 
 from supervise import Settings, open_supervisor
 from supervise.model import SweepReport
-from supervise.processes import identity
+from supervise.processes import cgroup, identity
 from supervise.processes import sweep as sweep_module
 from supervise.processes.marked import Marked
 from supervise.processes.records import Record
 from supervise.processes.sweep import sweep
 from tests.processes import children
-from tests.processes.lone import LIMIT, Lone, lone
+from tests.processes.lone import LIMIT, ROOT, Lone, lone
 from tests.processes.test_child import is_alive, within
 
 PYTHON = [sys.executable, "-I", "-S"]
@@ -65,7 +65,7 @@ WAITS = [*CHILDREN, "wait"]
 
 
 def settings_of(path: Path, tier: str = "process-group", **more: Any) -> dict[str, Any]:
-    return {"state_dir": str(path), "containment": tier, "orphan_grace": 0.3, **more}
+    return {"state_dir": str(path), "containment": tier, "orphan_grace": 0.1, **more}
 
 
 def swept(path: Path, tier: str = "process-group") -> SweepReport:
@@ -136,11 +136,10 @@ def test_what_a_killed_supervisor_left_is_ended_told_and_forgotten(
 
 
 def test_the_processes_of_a_living_supervisor_are_left_alone(tmp_path: Path) -> None:
-    with lone(WAITS, settings=settings_of(tmp_path)) as living:
-        pid = living.tell("ready")
-        with lone(WAITS, settings=settings_of(tmp_path)) as killed:
-            other = killed.tell("ready")
-            killed.kill()
+    settings = settings_of(tmp_path)
+    with lone(WAITS, settings=settings) as living, lone(WAITS, settings=settings) as killed:
+        pid, other = living.tell("ready"), killed.tell("ready")
+        killed.kill()
         assert [each.pid for each in swept(tmp_path).found] == [other]
         assert is_alive(pid)
         assert len(records(tmp_path)) == 1
@@ -230,6 +229,55 @@ for path in map(pathlib.Path, sys.argv[1:]):
     assert counts == [3] * rounds
 
 
+#: A shell that a supervisor has left, a program beside it, and a sweep that somebody starts in the shell. The sweep
+#: has a child of its own. Says who they are, then what was swept.
+SHELL = """
+sleep 60 & echo beside $!
+"$0" -c '
+import functools, json, os, pathlib, subprocess, sys, trio
+from supervise.codec import to_json
+from supervise.processes.sweep import sweep
+child = subprocess.Popen(["/bin/sleep", "60"])
+report = trio.run(functools.partial(sweep, pathlib.Path(sys.argv[1]), grace=0.2, kill_wait=0.3))
+print("child", child.poll())
+child.kill()
+child.wait()
+print("line", os.getppid(), os.getpid())
+print(json.dumps(to_json(report)))
+' "$1"
+"""
+
+
+@pytest.mark.parametrize("tier", ["process-group", "cgroup"])
+def test_a_sweep_out_of_a_tree_that_was_left_ends_neither_itself_nor_its_ancestors(tmp_path: Path, tier: str) -> None:
+    record = Record(tmp_path)
+    group = cgroup.make(record.id) if tier == "cgroup" else None
+    marker = {} if group else {"SUPERVISE_MARK": f"{record.id}:job:agent:0"}
+    enter = f"echo 0 > {group.path}/cgroup.procs\n" if group else ""
+    if group is not None:
+        record.set_cgroup(group.path)
+    record.close(keep=True)
+    env = {**os.environ, **marker, "PYTHONPATH": str(ROOT)}
+    shell = subprocess.run(
+        ["/bin/sh", "-c", enter + SHELL, sys.executable, str(tmp_path)],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=LIMIT,
+        check=True,
+    )
+    beside, child, line, told = shell.stdout.splitlines()
+    assert child == "child None"
+    report = json.loads(told)
+    assert [each["pid"] for each in report["found"]] == [int(beside.split()[1])]
+    assert sorted(each["pid"] for each in report["survivors"]) == sorted(map(int, line.split()[1:]))
+    assert {each["reason"] for each in report["survivors"]} == {"it runs this sweep"}
+    assert not is_alive(int(beside.split()[1]))
+    assert records(tmp_path) == [record.directory]
+    assert swept(tmp_path) == SweepReport(supervisors=1, groups=int(tier == "cgroup"))
+    assert records(tmp_path) == []
+
+
 # --- with guardians ----------------------------------------------------------------------------------------------
 
 
@@ -291,6 +339,7 @@ def test_a_stopped_guardian_or_zygote_is_ended_with_its_tree(tmp_path: Path, tie
 def test_what_a_guardian_that_is_dead_has_left_below_its_zygote_is_ended(tmp_path: Path) -> None:
     """Its environment is cleared and its session its own: what is left is whose child it is."""
     with lone(LOST, WAITS, settings=settings_of(tmp_path, "guardian")) as supervisor:
+        supervisor.tell("ready")
         wait_until(lambda: lost_of(tmp_path))
         (lost,) = lost_of(tmp_path)
         zygote, guardians = keepers(tmp_path)
