@@ -155,6 +155,11 @@ class Marked:
         """What the marker is in the environment of a child: ours, if we have one, and the token."""
         return {MARK: "/".join(filter(None, [os.environ.get(MARK, ""), token]))}
 
+    def search(self) -> None:
+        """A process was started that nothing is known of but the marker."""
+        self._is_lost = True
+        self._change()
+
     def hold(self, leader: int, pidfd: int) -> None:
         """A leader was started, a child of ours; its pid is its own until `close`, unless somebody reaps it."""
         self._held[leader] = (pidfd, identity.start_of(leader))

@@ -72,13 +72,16 @@ def require_platform() -> None:
 class SessionLeader:
     """A child of ours. Its status is read without reaping it; `on_end` is called when it has ended."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], pidfd: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes], pidfd: int | None, on_end: Callable[[], None]) -> None:
         self.popen = popen
         self.pid = popen.pid
         self.pidfd = pidfd
         self._on_end = on_end
 
     async def wait(self) -> ExitStatus:
+        if self.pidfd is None:  # it had ended before we could ask for one
+            await trio.lowlevel.checkpoint()
+            return ExitStatus()
         await trio.lowlevel.wait_readable(self.pidfd)
         self._on_end()
         try:
@@ -123,13 +126,18 @@ class SessionContainment(Marked):
         popen = await trio.to_thread.run_sync(partial(self._popen, command, options), limiter=spawning())
         try:
             leader = SessionLeader(popen, os.pidfd_open(popen.pid), self._change)
+        except ProcessLookupError:  # it has ended, and the host ignores SIGCHLD, so that it was reaped
+            leader = SessionLeader(popen, None, self._change)
         except OSError as error:  # out of descriptors: no child is left half started
             if is_child(os.P_PID, popen.pid):
                 os.killpg(popen.pid, signal.SIGKILL)
             popen.wait()
             raise spawn_error(command, error) from None
         self._leaders.append(leader)
-        self.hold(leader.pid, leader.pidfd)
+        if leader.pidfd is None:
+            self.search()
+        else:
+            self.hold(leader.pid, leader.pidfd)
         if self._record is not None:
             self._record.enter(self.token, [each.pid for each in self._leaders])
         return leader
@@ -149,7 +157,8 @@ class SessionContainment(Marked):
 
     def close(self, *, survivors: bool = False) -> None:
         for leader in self._leaders:
-            os.close(leader.pidfd)
+            if leader.pidfd is not None:
+                os.close(leader.pidfd)
             leader.popen.poll()  # reaps; a survivor stays
         self._leaders.clear()
         super().close(survivors=survivors)

@@ -755,7 +755,7 @@ async def test_out_of_descriptors_at_each_step(
 @contextmanager
 def no_descriptor_but(free: int) -> Iterator[None]:
     filled: list[int] = []
-    soft = max(map(int, os.listdir("/proc/self/fd"))) + 10
+    soft = max(map(int, os.listdir("/proc/self/fd"))) + 40
     with changed(resource.RLIMIT_NOFILE, soft):
         try:
             while True:

@@ -382,7 +382,7 @@ async def test_jobs_directories_are_private_and_ours(
         assert directory.stat().st_mode & 0o777 == 0o700
         assert [path.stat().st_mode & 0o777 for path in directory.parents[:2]] == [0o755] * 2
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        with pytest.raises(supervise.SettingsError, match=r"jobs/open belongs to another user"):
+        with pytest.raises(supervise.SettingsError, match=r"state/run belongs to another user"):
             await supervise.run_job(make(job_id="open"), settings=settings)
 
 
