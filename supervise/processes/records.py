@@ -2,7 +2,7 @@
 
     STATE_DIR/run/ID/lock         flock(2) as long as the supervisor lives: whoever can take it may sweep
     STATE_DIR/run/ID/owner.json   boot id, pid namespace, pid and start of the supervisor, its cgroup
-    STATE_DIR/run/ID/*.json       one for each tree that may have processes, and one for the zygote
+    STATE_DIR/run/ID/trees.jsonl  a line for each tree that was started, and for each that has ended, in order
 
 The id is also the beginning of the marker that all its processes have in their environment. Nothing is fsynced: a
 record has to outlive the supervisor, and after a power cut there is nothing to end. Blocking calls, no Trio.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -43,10 +42,17 @@ NEW = ".new-"
 
 #: What a record is called, and what is in it. All else is somebody else's.
 NAME = re.compile(r"(\.new-)?[0-9a-f]{16}")
-FILES = (LOCK, "*.json", ".*.json.*")
+TREES = "trees.jsonl"
+FILES = (LOCK, OWNER, f".{OWNER}.*", TREES, f".{TREES}.*")
+
+#: Past this size, in bytes, the lines of trees that have ended are dropped.
+COMPACT_AT = 1 << 20
 
 #: How long a record may take to be made, in seconds; it takes a millisecond.
 BEING_MADE = 60.0
+
+BROKEN = (OSError, ValueError, KeyError, TypeError, RecursionError)
+DOES_NOT_READ = "the record %s does not read: %s; its processes are looked for by their marker"
 
 PidStart = tuple[int, int]
 
@@ -78,11 +84,13 @@ class Record:
             "since": identity.now_in_ticks(),
             "cgroup": None,
         }
-        self._lock = -1
+        self._entries: dict[str, bytes] = {}
+        self._lock = self._trees = -1
         new.mkdir(mode=0o700)
         try:
             self._lock = _locked(new / LOCK, os.O_CREAT)
             durable.replace(new / OWNER, json.dumps(self._owner).encode(), durable=False)
+            self._open_trees(new)
             # Only now: a sweep never sees a record whose lock is not yet taken.
             new.rename(self.directory)
         except BaseException:
@@ -93,7 +101,10 @@ class Record:
     def set_cgroup(self, path: Path) -> None:
         """Where the groups of all trees are. Written before a process is in one."""
         self._owner["cgroup"] = str(path)
-        self._write(OWNER, self._owner)
+        try:
+            durable.replace(self.directory / OWNER, json.dumps(self._owner).encode(), durable=False)
+        except OSError as error:
+            self._complain(error)
 
     def enter(self, token: str, pids: Iterable[int], keepers: Iterable[PidStart] = ()) -> None:
         """A tree has these processes. Its earlier entry is replaced.
@@ -104,22 +115,18 @@ class Record:
             keepers: guardian or zygote. They end by themselves, unless somebody has stopped them.
         """
         processes = [(pid, identity.start_of(pid)) for pid in pids]
-        self._write(_name(token), {"token": token, "processes": processes, "keepers": list(keepers)})
+        line = _line({"token": token, "processes": processes, "keepers": list(keepers)})
+        self._entries[token] = line
+        self._append(line)
 
     def strike(self, token: str) -> None:
         """Nothing of this tree is left."""
-        try:
-            (self.directory / _name(token)).unlink(missing_ok=True)
-        except OSError as error:  # the next sweep finds nobody
-            self._complain(error)
+        if self._entries.pop(token, None) is not None:
+            self._append(_line({"struck": token}))
 
     def has_entries(self) -> bool:
         """Whether some tree was not struck out: something of it could not be ended."""
-        try:
-            return any(name != OWNER and name.endswith(".json") for name in os.listdir(self.directory))
-        except OSError as error:
-            self._complain(error)
-            return True
+        return bool(self._entries)
 
     def close(self, *, keep: bool = False) -> None:
         """Remove it, unless something is left that the next supervisor should look after."""
@@ -132,17 +139,31 @@ class Record:
             self._unlock()
 
     def _unlock(self) -> None:
+        if self._trees >= 0:
+            os.close(self._trees)
         if self._lock >= 0:
             _unlock(self._lock)
-            self._lock = -1
+        self._lock = self._trees = -1
 
-    def _write(self, name: str, value: dict[str, Any]) -> None:
+    def _append(self, line: bytes) -> None:
+        """One write: creating a file for each tree takes as long as the fork of a guardian."""
         try:
-            durable.replace(self.directory / name, json.dumps(value).encode(), durable=False)
-        except OSError as error:  # a full disk must not keep a job from running; the marker is still there
+            if self._size > COMPACT_AT:  # what is struck out goes
+                durable.replace(self.directory / TREES, b"".join(self._entries.values()), durable=False)
+                os.close(self._trees)
+                self._open_trees(self.directory)
+            else:
+                self._size += os.write(self._trees, line)
+        except OSError as error:
             self._complain(error)
 
+    def _open_trees(self, directory: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._trees = os.open(directory / TREES, flags, 0o600)
+        self._size = os.fstat(self._trees).st_size
+
     def _complain(self, error: OSError) -> None:
+        """A full disk must not keep a job from running; the marker is still there."""
         if not self._complained:
             self._complained = True
             log.warning("the record of processes in %s cannot be written: %s", self.directory, error.strerror)
@@ -195,7 +216,7 @@ def leftovers(state_dir: Path) -> list[Leftovers]:
             elif error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):  # who has no lock is no record of ours
                 log.warning("the record %s cannot be looked at: %s", directory, error.strerror)
             continue
-        entries = sorted(directory.glob("*.json"))
+        entries = [path for path in (directory / OWNER, directory / TREES) if os.path.lexists(path)]
         if not entries:  # another sweep was faster; or nothing was ever started
             _discard(directory)
             _unlock(lock)
@@ -247,16 +268,21 @@ def _read(directory: Path, entries: Iterable[Path], lock: int) -> Leftovers | No
     processes: list[PidStart] = []
     keepers: list[PidStart] = []
     owner: dict[str, Any] = {}
+    trees: dict[str, Any] = {}
     for path in entries:
         try:
-            value = json.loads(path.read_bytes())
             if path.name == OWNER:
-                owner = dict(value)
+                owner = dict(json.loads(path.read_bytes()))
             else:
-                processes += map(_pid_and_start, value["processes"])
-                keepers += map(_pid_and_start, value["keepers"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            log.warning("the record %s does not read: %s; its processes are looked for by their marker", path, error)
+                _replay(path.read_bytes(), trees)
+        except BROKEN as error:
+            log.warning(DOES_NOT_READ, path, error)
+    for tree in trees.values():
+        try:
+            processes += map(_pid_and_start, tree["processes"])
+            keepers += map(_pid_and_start, tree["keepers"])
+        except BROKEN as error:
+            log.warning(DOES_NOT_READ, directory / TREES, error)
     if owner.get("boot_id", boot_id()) == boot_id():
         if owner.get("pid_namespace", pid_namespace()) != pid_namespace():
             return None
@@ -269,6 +295,20 @@ def _read(directory: Path, entries: Iterable[Path], lock: int) -> Leftovers | No
     is_ours = isinstance(cgroup, str) and os.path.basename(cgroup) == f"{PREFIX}{identifier}"
     group = Path(cgroup) if isinstance(cgroup, str) and is_ours and since is not None else None
     return Leftovers(directory, identifier, since, tuple(processes), tuple(keepers), group, lock)
+
+
+def _replay(data: bytes, trees: dict[str, Any]) -> None:
+    """What the lines add up to; a last one that was not finished says nothing."""
+    for line in data.split(b"\n")[:-1]:
+        value = json.loads(line)
+        if "struck" in value:
+            trees.pop(value["struck"], None)
+        else:
+            trees[value["token"]] = value
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _pid_and_start(value: Any) -> PidStart:
@@ -328,7 +368,3 @@ def pid_namespace() -> str:
         return os.readlink("/proc/self/ns/pid")
     except OSError:  # a kernel without
         return ""
-
-
-def _name(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()[:16] + ".json"

@@ -22,7 +22,7 @@ import trio
 from supervise import JobSpec, Outcome, Settings, durable, open_supervisor
 from supervise.model import SweepReport
 from supervise.processes import identity, records
-from supervise.processes.records import BEING_MADE, LOCK, NEW, OWNER, Record, leftovers
+from supervise.processes.records import BEING_MADE, LOCK, NEW, OWNER, TREES, Record, leftovers
 from supervise.processes.sweep import sweep
 from tests.processes.lone import Programs
 from tests.processes.test_child import LIMIT, as_root, is_alive, within
@@ -45,7 +45,7 @@ def died(state_dir: Path) -> Path:
 def enter(directory: Path, *processes: tuple[int, int], keepers: tuple[tuple[int, int], ...] = ()) -> None:
     """An entry of a tree with these processes."""
     entry = {"token": "t", "processes": processes, "keepers": keepers}
-    (directory / "tree.json").write_text(json.dumps(entry))
+    (directory / TREES).write_text(json.dumps(entry) + "\n")
 
 
 def change_owner(directory: Path, **changes: Any) -> None:
@@ -94,7 +94,7 @@ def start_of(pid: int) -> int:
 def test_a_record_that_this_process_holds_is_left_alone(tmp_path: Path) -> None:
     record = Record(tmp_path)
     assert ids(tmp_path) == []
-    assert sorted(os.listdir(record.directory)) == [LOCK, OWNER]
+    assert sorted(os.listdir(record.directory)) == [LOCK, OWNER, TREES]
     record.close(keep=True)
     assert ids(tmp_path) == [record.id]
 
@@ -150,7 +150,7 @@ def test_a_record_that_is_removed_between_the_look_and_the_lock_is_passed_over(
     def slow(path: Path) -> int:
         descriptor = real(path)
         if path.parent == directory:  # another sweep had the lock before, and is ready by now
-            for file in (OWNER, LOCK):
+            for file in (OWNER, TREES, LOCK):
                 (directory / file).unlink()
             directory.rmdir()
         return descriptor
@@ -343,6 +343,11 @@ def written(name: str, text: str) -> Damage:
     return damage
 
 
+def to_nowhere(directory: Path) -> None:
+    (directory / TREES).unlink()
+    (directory / TREES).symlink_to("/no/such")
+
+
 DAMAGES: dict[str, Damage] = {
     "owner is missing": no_owner,
     "owner is no JSON": written(OWNER, "{"),
@@ -353,13 +358,13 @@ DAMAGES: dict[str, Damage] = {
     "owner is nested": written(OWNER, "[" * 100_000),
     "owner is a directory": a_directory,
     "owner is not text": written(OWNER, "\0\udcff"),
-    "entry is no JSON": written("tree.json", "nothing"),
-    "entry is a list": written("tree.json", "[]"),
-    "entry lacks keepers": written("tree.json", '{"processes": []}'),
-    "entry has no pids": written("tree.json", '{"processes": [5], "keepers": [["a", 1]]}'),
-    "entry has huge pids": written("tree.json", '{"processes": [], "keepers": [[1' + "0" * 40 + ", 1]]}"),
-    "entry has negative pids": written("tree.json", '{"processes": [[-1, 1]], "keepers": [[-1, 1], [0, 0]]}'),
-    "entry points to nowhere": lambda path: (path / "tree.json").symlink_to("/no/such"),
+    "entry is no JSON": written(TREES, "nothing\n"),
+    "entry is a list": written(TREES, "[]\n"),
+    "entry lacks keepers": written(TREES, '{"token": "t", "processes": []}\n'),
+    "entry has no pids": written(TREES, '{"token": "t", "processes": [5], "keepers": [["a", 1]]}\n'),
+    "entry has huge pids": written(TREES, '{"token": "t", "processes": [], "keepers": [[1' + "0" * 40 + ", 1]]}\n"),
+    "entry has negative pids": written(TREES, '{"token": "t", "processes": [[-1, 1]], "keepers": [[-1, 1], [0, 0]]}\n'),
+    "entry points to nowhere": to_nowhere,
 }
 UNREMOVABLE = {"owner is a directory"}
 SILENT = {"owner is missing", "owner's times are texts"}
@@ -416,7 +421,7 @@ async def test_what_is_no_directory_of_ours_is_passed_over(
     async with open_supervisor(settings=Settings(state_dir=tmp_path)) as supervisor:
         assert supervisor.swept == SweepReport()
     assert os.path.lexists(place)
-    assert kind == "file" or sorted(os.listdir(place)) == [LOCK, OWNER]
+    assert kind == "file" or sorted(os.listdir(place)) == [LOCK, OWNER, TREES]
     assert [text for text in warnings(caplog) if f"the record {place} is passed over" in text]
 
 
@@ -438,14 +443,16 @@ def full_disk(*args: object, **kwargs: object) -> None:
 async def test_a_full_disk_keeps_no_job_from_running_and_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tier: str
 ) -> None:
-    real = durable.replace
+    real = os.write
 
-    def sometimes(path: Path, data: bytes, *, durable: bool) -> None:
-        (full_disk if path.parent.parent.name == "run" else real)(path, data, durable=durable)
+    def sometimes(descriptor: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(TREES):
+            full_disk()
+        return real(descriptor, data)
 
     settings = Settings(state_dir=tmp_path, containment=tier)
     async with open_supervisor(settings=settings) as supervisor:
-        monkeypatch.setattr(durable, "replace", sometimes)
+        monkeypatch.setattr(os, "write", sometimes)
         for _ in range(3):
             spec = JobSpec(prompt="go", workspace="/", index=None, agent=Programs([["/bin/true"]] * 2))
             assert (await supervisor.run(spec)).outcome is Outcome.COMPLETED
@@ -460,15 +467,41 @@ def test_a_disk_that_cannot_be_written_keeps_the_record_and_is_told(
     record = Record(tmp_path)
     record.enter("tree", [os.getpid()])
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", full_disk)
+        patch.setattr(os, "write", full_disk)
         record.strike("tree")
-        record.strike("tree")
+        record.enter("other", [os.getpid()])
         assert record.has_entries()
         patch.setattr(os, "listdir", full_disk)
-        assert record.has_entries()
         record.close()
     assert len(list(record.directory.iterdir())) == 3
     assert warnings(caplog) == [
         f"the record of processes in {record.directory} cannot be written: No space left on device",
         f"the record {record.directory} cannot be removed: No space left on device",
     ]
+
+
+def test_what_is_struck_out_is_dropped_from_a_long_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervise.processes.records.COMPACT_AT", 2000)
+    record = Record(tmp_path)
+    record.enter("stays", [os.getpid()])
+    for number in range(200):
+        record.enter(f"tree {number}", [os.getpid()])
+        record.strike(f"tree {number}")
+        assert (record.directory / TREES).stat().st_size < 2500
+    record.enter("last", [1])
+    record.close(keep=True)
+    (left,) = leftovers(tmp_path)
+    assert sorted(pid for pid, _ in left.processes) == [1, os.getpid()]
+    left.close(keep=False)
+
+
+def test_a_line_that_was_not_finished_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = Record(tmp_path)
+    record.enter("one", [1])
+    with (record.directory / TREES).open("a") as file:
+        file.write('{"token": "two", "proc')
+    record.close(keep=True)
+    (left,) = leftovers(tmp_path)
+    assert [pid for pid, _ in left.processes] == [1]
+    assert warnings(caplog) == []
+    left.close(keep=False)

@@ -92,7 +92,8 @@ def records(path: Path) -> list[Path]:
 
 def keepers(path: Path) -> tuple[int, list[int]]:
     """The zygote and the guardians of the only supervisor that lives."""
-    entries = [json.loads(file.read_text()) for file in records(path)[0].glob("*.json") if file.name != "owner.json"]
+    lines = (records(path)[0] / "trees.jsonl").read_text().splitlines()
+    entries = list({entry["token"]: entry for entry in map(json.loads, lines) if "token" in entry}.values())
     (zygote,) = [pid for entry in entries if entry["token"] == "zygote" for pid, _ in entry["keepers"]]
     return zygote, [pid for entry in entries if entry["token"] != "zygote" for pid, _ in entry["keepers"]]
 
