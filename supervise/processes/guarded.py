@@ -167,7 +167,8 @@ class GuardianContainment:
 
     def _no_guardian(self, command: Command) -> SpawnError:
         name = command.argv[0]
-        return SpawnError(name, "other", f"the program {name!r} was not started: the guardian of its tree was killed")
+        text = f"the program {name!r} was not started: the guardian of its tree was killed, or did not answer"
+        return SpawnError(name, "other", text)
 
     # --- listening
 

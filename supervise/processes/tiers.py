@@ -163,22 +163,4 @@ def no_guardian() -> str | None:
     return None
 
 
-def probe(settings: Settings) -> tuple[str, tuple[str, ...]]:
-    """The tier that a supervisor would have, and why it is not better. Leaves nothing behind.
-
-    Raises:
-        UnsupportedPlatform, OSError: as `open_containments`.
-    """
-    require_platform()
-    record = Record(settings.state_dir)
-    group: Group | None = None
-    try:
-        helper, group, notes = _tier(settings, record)
-        return Containments(record, helper, group, notes).tier, notes
-    finally:
-        if group is not None:
-            group.remove()
-        record.close()
-
-
-__all__ = ["Containments", "no_guardian", "open_containments", "probe"]
+__all__ = ["Containments", "no_guardian", "open_containments"]

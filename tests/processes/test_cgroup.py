@@ -19,7 +19,7 @@ from supervise import FailureKind, JobSpec, Outcome, Settings, Supervisor, Unsup
 from supervise.model import Limits
 from supervise.processes import cgroup
 from supervise.processes.cgroup import Group, NoCgroup, NoLimit, own_directory
-from supervise.processes.tiers import probe
+from supervise.processes.tiers import open_containments
 from tests.processes.lone import NOBODY, Programs, group_of, inside, lone, python_for_nobody
 from tests.processes.test_child import LIMIT, as_root, within
 from tests.processes.test_sweep import LOST, WAITS, keepers, settings_of, wait_until
@@ -152,17 +152,19 @@ def test_a_hierarchy_that_takes_no_more_groups(fake: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("tier", ["auto", "cgroup"])
-def test_without_groups_only_who_insists_is_refused(
+async def test_without_groups_only_who_insists_is_refused(
     tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch, tier: str
 ) -> None:
     (fake / "cgroup.procs").unlink()
     settings = Settings(state_dir=tmp_path / "state", containment=tier)
     why = f"{fake} is not ours to make groups in: no right to write cgroup.procs"
     if tier == "auto":
-        assert probe(settings) == ("guardian", (f"{why}; have it delegated to us",))
+        async with open_containments(settings) as containments:
+            assert (containments.tier, containments.notes) == ("guardian", (f"{why}; have it delegated to us",))
         return
     with pytest.raises(UnsupportedPlatform) as caught:
-        probe(settings)
+        async with open_containments(settings):
+            pytest.fail("it was opened")
     assert str(caught.value).startswith(f"containment is 'cgroup', but {why}")
     assert str(caught.value).endswith("set it to auto or guardian")
 
