@@ -7,6 +7,7 @@ import errno
 import logging
 import marshal
 import os
+import re
 import resource
 import select
 import signal
@@ -34,6 +35,9 @@ PROGRAM = guardian.__file__
 KEPT = ("LD_LIBRARY_PATH", MARK)
 
 ZYGOTE = "zygote"
+
+#: Of /proc/PID/status, see proc(5).
+RIGHTS = re.compile(rb"^(?:Uid|Gid|Groups|Cap\w+|NoNewPrivs|Seccomp\w*):.*$", re.MULTILINE)
 
 #: How long a zygote that has closed its socket may take to end, in seconds.
 ENDS_SOON = 1.0
@@ -348,10 +352,8 @@ def _limits() -> dict[int, tuple[int, int]]:
 
 def _identity() -> tuple[Any, ...]:
     """What a zygote has from us for good: who and where we are, what we may do, and what no child of its may exceed."""
-    with open("/proc/self/status", "rb") as file:
-        rights = tuple(
-            line for line in file if line.startswith((b"Uid", b"Gid", b"Groups", b"Cap", b"NoNew", b"Seccomp"))
-        )
+    with open("/proc/self/status", "rb", buffering=0) as file:
+        rights = tuple(RIGHTS.findall(file.read()))
     spaces = tuple(os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES)
     hard = tuple(hard for _, hard in _limits().values())
     return (rights, spaces, os.readlink("/proc/self/root"), os.nice(0), hard)
