@@ -48,7 +48,6 @@ SYS_CLONE3, CLONE_INTO_CGROUP = 435, 0x200000000
 SETTABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 FATAL = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGCONT}
 SCAN, PARENT, START = False, 1, 19  # the fields of /proc/PID/stat are counted from the state on
-NO_CLONE3 = {errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.E2BIG}
 NEVER, SHORT, LONG = 1e18, 0.02, 1.0  # seconds; the last two between rounds of SIGKILL that find nobody new
 
 
@@ -57,8 +56,8 @@ def clone_into(group: int) -> int:
     args = array.array("Q", [CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, group])
     address, size = ctypes.c_void_p(args.buffer_info()[0]), ctypes.c_size_t(8 * len(args))
     pid = int(LIBC.syscall(ctypes.c_long(SYS_CLONE3), address, size))
-    if pid < 0 and ctypes.get_errno() not in NO_CLONE3:  # a limit of the group, say: a plain fork would get round it
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if pid < 0 and ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.E2BIG):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))  # a fork would get round a limit, say
     return pid
 
 
@@ -133,7 +132,7 @@ def exec_child(program: Message, streams: list[int], report: int, guardian: int,
 def fork_child(
     program: Message, streams: list[int], group: int | None, lifelines: list[int]
 ) -> tuple[int, Message | None]:
-    """Fork and exec. Returns the pid, and what went wrong (errno, stage), if it did: then it is a zombie soon."""
+    """Fork and exec. Returns the pid, and what went wrong (errno, stage), if it did: then nothing is left."""
     guardian, join = os.getpid(), None
     read, write = os.pipe2(os.O_CLOEXEC)
     with open(read, "rb", buffering=0) as report:
@@ -149,6 +148,9 @@ def fork_child(
         for fd in (read, *lifelines):
             poll.register(fd, select.POLLIN if fd != lifelines[0] else 0)  # of the socket, a hangup alone
         text = report.read() if read in {fd for fd, _ in poll.poll()} else b""
+    if text:  # it ends by itself, unless somebody has stopped it
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     return pid, marshal.loads(text) if text else None
 
 
@@ -157,7 +159,7 @@ class Keeper:
 
     def __init__(self, sock: socket.socket, lifeline: int, cgroup: str | None) -> None:
         self.sock, self.lifeline, self.cgroup = sock, lifeline, cgroup
-        self.alone = self.more = False  # the supervisor is gone; there may be more to reap
+        self.alone = self.more = self.hunting = False  # without supervisor; with more to reap; after a guardian died
         self.group: int | None = None
         self.kill_file: int | None = None
         self.kill_at, self.pause = NEVER, SHORT
@@ -352,8 +354,6 @@ class Guardian(Keeper):
 
 class Zygote(Keeper):
     """Forks guardians, and ends what a killed one leaves."""
-
-    hunting = False
 
     def own(self) -> list[int]:
         return [pid for pid in super().own() if pid not in self.forked]
