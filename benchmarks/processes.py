@@ -38,7 +38,7 @@ SLEEP = ("/bin/sleep", "600")
 
 def _tree(containments: Containments) -> AsyncExitStack:
     options = TreeOptions(mark="benchmark", contain=containments.of_job("benchmark", Limits()))
-    return open_tree("child", POLICY, Hurry(), options=options, emit=lambda event: None)  # type: ignore[return-value]
+    return open_tree("child", POLICY, Hurry(), options=options, emit=lambda event: None)  # type: ignore[return-value]  # only entered
 
 
 def _command(argv: tuple[str, ...]) -> Command:

@@ -275,7 +275,7 @@ class _Running:
         try:
             pidfd = os.pidfd_open(self.popen.pid)
         except OSError:  # no descriptor is free: nobody tells
-            while self.popen.poll() is None:  # noqa: ASYNC110
+            while self.popen.poll() is None:  # noqa: ASYNC110  # nobody tells
                 await trio.sleep(0.02)
             return
         try:

@@ -276,7 +276,7 @@ def test_a_supervisor_in_a_subgroup_makes_its_group_beside_it_where_that_is_dele
 
 def spec(*programs: list[str], **more: object) -> JobSpec:
     heard = more.pop("sink", None)
-    return JobSpec(prompt="go", workspace="/", index=None, agent=Programs(programs, heard), **more)  # type: ignore[arg-type]
+    return JobSpec(prompt="go", workspace="/", index=None, agent=Programs(programs, heard), **more)  # type: ignore[arg-type]  # any field
 
 
 def top_of(supervisor: Supervisor) -> Path:

@@ -69,7 +69,7 @@ class Supervised:
     @property
     def helper(self) -> helper.Helper:
         found: Any = self.options.contain
-        return found.func.__self__._helper  # type: ignore[no-any-return]
+        return found.func.__self__._helper  # type: ignore[no-any-return]  # private, and found through Any
 
     @property
     def zygote(self) -> int:

@@ -59,7 +59,7 @@ async def test_a_leader_whose_end_is_not_seen_is_a_survivor(bench: Bench, monkey
         monkeypatch.setattr(tree._containment, "signal_group", lambda leader, number: None)
     if bench.tier == "process-group":
         os.kill(child.pid, signal.SIGKILL)
-        child._leader.popen.wait()  # type: ignore[attr-defined]
+        child._leader.popen.wait()  # type: ignore[attr-defined]  # of this tier
     assert not is_alive(child.pid)  # a guardian that was let go has ended it
     (survivor,) = tree.survivors
     assert (survivor.pid, survivor.reason) == (child.pid, "its end was not seen")
@@ -360,7 +360,7 @@ async def test_trees_that_end_at_once_share_their_looks(bench: Bench, monkeypatc
     def counted(*args: object, **kwargs: object) -> object:
         nonlocal looks
         looks += 1
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return real(*args, **kwargs)  # type: ignore[arg-type]  # handed on
 
     async def one() -> None:
         nonlocal ready

@@ -218,7 +218,7 @@ for path in map(pathlib.Path, sys.argv[1:]):
             Record(path).close(keep=True)
     command = [sys.executable, "-c", script, *map(str, paths)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(starters)]  # type: ignore[call-overload]
+    processes = [subprocess.Popen(command, **pipes) for _ in range(starters)]  # type: ignore[call-overload]  # options by name
     counts = []
     for path in paths:
         for process in processes:

@@ -93,7 +93,7 @@ async def test_what_another_user_leaves_is_ended(tmp_path: Path, tier: str) -> N
 
 @as_root
 @pytest.mark.parametrize("tier", ["process-group", "auto"])
-def test_who_is_not_root_cannot_run_a_job_as_another(nobodys: Path, tier: str) -> None:  # noqa: F811
+def test_who_is_not_root_cannot_run_a_job_as_another(nobodys: Path, tier: str) -> None:  # noqa: F811  # the fixture
     options = {"settings": settings_of(nobodys, tier), "job": {"user": "root"}, "popen": AS_NOBODY}
     with lone(["/bin/true"], python=python(), **options) as supervisor:
         result = supervisor.result()
