@@ -256,12 +256,12 @@ class GuardianContainment:
         if self._lost is not None:
             self._helper.rouse()
             return self._lost.signal(number)
-        if self._group is not None and number == signal.SIGKILL:
-            self._group.kill()  # the kernel's own, against which nobody can fork
         try:
             count = len(self.members())  # before they end
         except OSError:  # no descriptor is free to count them; the guardian needs none
             count = sum(leader.status is None for leader in self._leaders.values())
+        if self._group is not None and number == signal.SIGKILL:
+            self._group.kill()  # the kernel's own, against which nobody can fork
         self._tell(number, None)
         return count
 
