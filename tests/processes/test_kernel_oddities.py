@@ -18,6 +18,7 @@ import trio.testing
 from supervise.errors import SpawnError, UnsupportedPlatform
 from supervise.model import ExitStatus, StopPolicy
 from supervise.processes import identity, session
+from supervise.processes.child import ProcessTree
 from supervise.processes.containment import Command
 from supervise.processes.helper import Helper
 from supervise.processes.marked import Marked
@@ -229,20 +230,25 @@ async def test_no_spawn_while_the_tree_ends(bench: Bench) -> None:
 async def test_a_spawn_in_flight_when_the_tree_is_left_is_ended(
     bench: Bench, leaks: Leaks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trees: list[ProcessTree] = []
+
     def slow() -> bool:  # called in the thread, before the fork
-        time.sleep(0.2)  # nothing tells a thread that the tree is being left; a shorter wait only tests less
+        end = time.monotonic() + LIMIT
+        while not trees[0]._ending and time.monotonic() < end:
+            time.sleep(0.005)  # nothing tells a thread
         return False
 
     ask = Helper.ask
 
     async def slow_ask(self: Helper) -> socket.socket:
-        await trio.sleep(0.2)
+        await until(lambda: trees[0]._ending)
         return await ask(self)
 
     monkeypatch.setattr("supervise.processes.session._inherits_odd_signals", slow)
     monkeypatch.setattr(Helper, "ask", slow_ask)
     async with trio.open_nursery() as nursery:
         async with bench.tree() as tree:
+            trees.append(tree)
             nursery.start_soon(tree.spawn, bench.command(*SLEEP))
             await trio.testing.wait_all_tasks_blocked()
         assert leaks.processes() == []

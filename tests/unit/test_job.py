@@ -784,7 +784,7 @@ async def test_an_agent_that_reports_nothing(make: Make, settings: Settings) -> 
     ("report", "why"),
     [
         (lambda: "no report", "SpecError: an agent must report an AgentReport, not str"),
-        (lambda: AgentReport(text=None), "SpecError: AgentReport.text is None, but must be a text"),  # type: ignore[arg-type]
+        (lambda: AgentReport(text=None), "SpecError: AgentReport.text is None, but must be a text"),  # type: ignore[arg-type]  # a bad value, on purpose
         (lambda: AgentReport(failure_kind="bad luck"), "AgentReport.failure_kind is 'bad luck', but must be a Failure"),
     ],
 )
@@ -809,7 +809,7 @@ async def test_an_agent_that_reports_nonsense(
 @pytest.mark.parametrize("error", [None, "", "two\nlines"])
 async def test_a_failure_has_its_kind_and_one_line(error: str | None, make: Make, settings: Settings) -> None:
     async def run(run: AgentRun) -> None:
-        run.report(AgentReport(failure_kind="auth", error=error))  # type: ignore[arg-type]
+        run.report(AgentReport(failure_kind="auth", error=error))  # type: ignore[arg-type]  # a bad value, on purpose
 
     with trio.fail_after(LIMIT):
         result = await supervise.run_job(make(Plain(run)), settings=settings)
@@ -820,7 +820,7 @@ async def test_a_failure_has_its_kind_and_one_line(error: str | None, make: Make
 
 async def test_an_agent_that_emits_nonsense(make: Make, settings: Settings) -> None:
     async def run(run: AgentRun) -> None:
-        run.emit("no event")  # type: ignore[arg-type]
+        run.emit("no event")  # type: ignore[arg-type]  # a bad value, on purpose
 
     with trio.fail_after(LIMIT):
         result = await supervise.run_job(make(Plain(run)), settings=settings)

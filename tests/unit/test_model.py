@@ -76,7 +76,7 @@ def test_a_report_refuses_what_is_no_value(field: str, value: Any) -> None:
 
 def test_usage_counts_in_whole_numbers() -> None:
     with pytest.raises(SpecError, match=r"Usage.output_tokens is 'many', but must be a whole number"):
-        Usage(output_tokens="many")  # type: ignore[arg-type]
+        Usage(output_tokens="many")  # type: ignore[arg-type]  # a bad value, on purpose
 
 
 @pytest.mark.parametrize("user", ["", "a\0b", "\udcff", 7])

@@ -36,7 +36,7 @@ def test_secrets_are_compared_by_value_with_secrets_only() -> None:
 
 def test_a_secret_is_a_text_and_the_refusal_does_not_show_it() -> None:
     with pytest.raises(TypeError) as caught:
-        Secret(KEY.encode())  # type: ignore[arg-type]
+        Secret(KEY.encode())  # type: ignore[arg-type]  # a bad value, on purpose
     assert KEY not in "".join(traceback.format_exception_only(caught.value))
 
 

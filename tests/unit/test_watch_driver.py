@@ -49,8 +49,8 @@ def job(
     for name in ("fix_config", "stop"):
         if name in more:
             acts[name.replace("_", "-")] = [more.pop(name)]  # type: ignore[list-item]
-    settings = evolve(DEFAULTS, **{name: more.pop(name) for name in list(more) if name not in names})  # type: ignore[arg-type]
-    return drive(Plan(settings=settings, acts=acts, **more))  # type: ignore[arg-type]
+    settings = evolve(DEFAULTS, **{name: more.pop(name) for name in list(more) if name not in names})  # type: ignore[arg-type]  # fields by name
+    return drive(Plan(settings=settings, acts=acts, **more))  # type: ignore[arg-type]  # fields by name
 
 
 def outcome(run: Drive) -> tuple[str, bool]:
@@ -194,7 +194,7 @@ def test_a_failed_start_or_fix_config_is_no_failure() -> None:
 
 @pytest.mark.parametrize("hung", ["start", "fix_config"])
 def test_a_start_or_fix_config_that_hangs_is_a_watch_that_cannot_start(hung: str) -> None:
-    run = job(**{hung: HANGS}, agent=100.0)  # type: ignore[arg-type]
+    run = job(**{hung: HANGS}, agent=100.0)  # type: ignore[arg-type]  # fields by name
     assert outcome(run) == VIA_FALLBACK
     assert f"cidx {hung.replace('_', '-')} did not end in 30 s" in run.report.reason
     assert not run.trees.named("watch")
