@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from supervise.agents.command import Parser, run_command
     from supervise.agents.mock import MockAgent
     from supervise.agents.protocol import Agent, AgentRun
+    from supervise.dispatch.task import Task
+    from supervise.dispatch.worker import Worker, open_worker
     from supervise.errors import (
+        AlreadyRunning,
         BadInput,
         IllegalTransition,
         JobFailed,
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
         UnsupportedPlatform,
     )
     from supervise.events import Event, EventsDropped
+    from supervise.executors.local import LocalExecutor
+    from supervise.executors.mock import MockExecutor
+    from supervise.executors.protocol import Executor
     from supervise.job.handle import Job, JobState
     from supervise.job.supervisor import Supervisor, open_job, open_supervisor, run_job
     from supervise.model import (
@@ -49,14 +55,17 @@ if TYPE_CHECKING:
     from supervise.processes.child import Child, Tree
     from supervise.processes.containment import Command
     from supervise.secrets import Secret
-    from supervise.settings import AgentSettings, IndexSettings, Settings
+    from supervise.settings import AgentSettings, BreakerSettings, IndexSettings, Settings, WorkerSettings
 
 _HOME = {
     "supervise.agents.claude": ("ClaudeAgent",),
     "supervise.agents.command": ("Parser", "run_command"),
     "supervise.agents.mock": ("MockAgent",),
     "supervise.agents.protocol": ("Agent", "AgentRun"),
+    "supervise.dispatch.task": ("Task",),
+    "supervise.dispatch.worker": ("Worker", "open_worker"),
     "supervise.errors": (
+        "AlreadyRunning",
         "BadInput",
         "IllegalTransition",
         "JobFailed",
@@ -69,6 +78,9 @@ _HOME = {
         "UnsupportedPlatform",
     ),
     "supervise.events": ("Event", "EventsDropped"),
+    "supervise.executors.local": ("LocalExecutor",),
+    "supervise.executors.mock": ("MockExecutor",),
+    "supervise.executors.protocol": ("Executor",),
     "supervise.job.handle": ("Job", "JobState"),
     "supervise.job.supervisor": ("Supervisor", "open_job", "open_supervisor", "run_job"),
     "supervise.model": (
@@ -91,7 +103,7 @@ _HOME = {
     "supervise.processes.child": ("Child", "Tree"),
     "supervise.processes.containment": ("Command",),
     "supervise.secrets": ("Secret",),
-    "supervise.settings": ("AgentSettings", "IndexSettings", "Settings"),
+    "supervise.settings": ("AgentSettings", "BreakerSettings", "IndexSettings", "Settings", "WorkerSettings"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -100,12 +112,15 @@ __all__ = [
     "AgentReport",
     "AgentRun",
     "AgentSettings",
+    "AlreadyRunning",
     "BadInput",
+    "BreakerSettings",
     "Child",
     "ClaudeAgent",
     "Command",
     "Event",
     "EventsDropped",
+    "Executor",
     "ExitStatus",
     "FailureKind",
     "IllegalTransition",
@@ -120,8 +135,10 @@ __all__ = [
     "JobState",
     "Leftover",
     "Limits",
+    "LocalExecutor",
     "MissingExtra",
     "MockAgent",
+    "MockExecutor",
     "Outcome",
     "Parser",
     "Secret",
@@ -134,13 +151,17 @@ __all__ = [
     "Supervisor",
     "Survivor",
     "SweepReport",
+    "Task",
     "Tree",
     "UnsupportedPlatform",
     "Usage",
     "WatchMetrics",
+    "Worker",
+    "WorkerSettings",
     "events",
     "open_job",
     "open_supervisor",
+    "open_worker",
     "run_command",
     "run_job",
 ]

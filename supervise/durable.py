@@ -9,20 +9,21 @@ import stat
 from pathlib import Path
 
 
-def replace(path: Path, data: bytes, *, durable: bool) -> None:
+def replace(path: Path, data: bytes, *, durable: bool, mode: int = 0o600) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
 
     Args:
-        path: the file. Mode 0600.
+        path: the file.
         data: its whole new content.
         durable: the new file is on the disk when this returns (fsync of file and directory).
+        mode: of the new file, before the umask takes from it.
 
     Raises:
         OSError: the old file is still there, and no part of the new one.
     """
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with open(descriptor, "wb", buffering=0) as file:
             view = memoryview(data)
             while view:  # an unbuffered write may be short

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from supervise.model import JobResult
 
 __all__ = [
+    "AlreadyRunning",
     "BadInput",
     "IllegalTransition",
     "JobFailed",
@@ -61,6 +64,29 @@ class SpawnError(SuperviseError):
         super().__init__(message)
         self.program = program
         self.kind = kind
+
+
+class AlreadyRunning(SuperviseError):
+    """Somebody else has the lock of a single instance, or may have: its file names a living process.
+
+    Attributes:
+        path: the lock file.
+        pid: of whoever has it; `None` if neither the kernel nor the file says.
+        locked: whether the file is locked; else it only names the process.
+    """
+
+    def __init__(self, path: Path, pid: int | None, *, locked: bool = True) -> None:
+        if locked:
+            what = f"{path} is locked; end that one, or wait for it (--lock-timeout)"
+        else:
+            what = (
+                f"{path} is not locked, but names this living process, which may have written it; end it, or remove "
+                "the file if the process is another program's, or name another lock file (--lock-file)"
+            )
+        super().__init__(f"already running (PID {pid or 'unknown'}): {what}")
+        self.path = path
+        self.pid = pid
+        self.locked = locked
 
 
 class JobNotDone(SuperviseError):

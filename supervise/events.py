@@ -367,6 +367,115 @@ class BadLine(AgentEvent):
     too_long: bool = False
 
 
+# --- tasks -------------------------------------------------------------------------------------------------
+
+
+@frozen(kw_only=True)
+class TaskEvent(Event):
+    """Something that happened to a task of a worker."""
+
+    type: ClassVar[str] = "task"
+    worker: str
+    task_id: str
+
+
+@frozen(kw_only=True)
+class TaskReceived(TaskEvent):
+    """The task was seen for the first time."""
+
+    type: ClassVar[str] = "task_received"
+    priority: int = 0
+
+
+@frozen(kw_only=True)
+class TaskClaimed(TaskEvent):
+    """An attempt begins."""
+
+    type: ClassVar[str] = "task_claimed"
+    attempt: int
+
+
+@frozen(kw_only=True)
+class TaskFinished(TaskEvent):
+    """The task has come to its end, and its result is published."""
+
+    type: ClassVar[str] = "task_finished"
+    attempt: int
+    status: str
+    seconds: float
+    usage: Usage = Factory(Usage)
+    cost_usd: float | None = None
+
+
+@frozen(kw_only=True)
+class TaskRetried(TaskEvent):
+    """An attempt has failed; the next one begins at `at` (seconds since the epoch) or later."""
+
+    type: ClassVar[str] = "task_retried"
+    attempt: int
+    failure_kind: str
+    error: str
+    at: float
+    seconds: float = 0.0
+    usage: Usage = Factory(Usage)
+    cost_usd: float | None = None
+
+
+@frozen(kw_only=True)
+class TaskBuried(TaskEvent):
+    """The task is a dead letter. `task_id` is the file's name where it was no task."""
+
+    type: ClassVar[str] = "task_buried"
+    attempt: int
+    reason: str
+    detail: str
+    seconds: float = 0.0
+    usage: Usage = Factory(Usage)
+    cost_usd: float | None = None
+
+
+@frozen(kw_only=True)
+class TaskPutBack(TaskEvent):
+    """The task waits again, and nothing was counted: the worker ends, or cannot work."""
+
+    type: ClassVar[str] = "task_put_back"
+    attempt: int
+    reason: str
+
+
+@frozen(kw_only=True)
+class WorkerChanged(Event):
+    """The worker, as its heartbeat tells of it.
+
+    Attributes:
+        status: `healthy`, `degraded`, `draining` or `unhealthy`.
+        reasons: why it is not healthy.
+        queue_size: tasks that wait, for their time and for others, too.
+        active_tasks: ids of those under way.
+        breaker: `closed`, `open` or `half_open`.
+        breaker_failures: in a row.
+    """
+
+    type: ClassVar[str] = "worker"
+    worker: str
+    status: str
+    reasons: tuple[str, ...] = ()
+    queue_size: int = 0
+    active_tasks: tuple[str, ...] = ()
+    breaker: str = "closed"
+    breaker_failures: int = 0
+
+
+@frozen(kw_only=True)
+class WorkerTrouble(Event):
+    """Something that the worker needs does not work, or works again (`error` is empty then)."""
+
+    type: ClassVar[str] = "worker_trouble"
+    worker: str
+    what: str
+    error: str
+
+
 # --- publication -------------------------------------------------------------------------------------------
 
 E = TypeVar("E", bound=Event)

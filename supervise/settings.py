@@ -238,7 +238,19 @@ class WorkerSettings:
         validator=_path_or_none,
         metadata=_told("lock file of the single instance"),
     )
+    lock_timeout: float = _seconds(0.0, "how long a starting worker waits for its lock", zero=True)
     drain_timeout: float = _seconds(600.0, "how long a draining worker waits for its jobs", zero=True)
+    task_timeout: float = _seconds(600.0, "longest run of a task that names no timeout")
+    parse_grace: float = _seconds(2.0, "how long a file that does not parse is left to its writer", zero=True)
+    sweep_interval: float = _seconds(60.0, "between two looks at the whole directory")
+    poll_interval: float = _seconds(1.0, "likewise, where the kernel tells nothing of changes, and after trouble")
+    quota_pause: float = _seconds(300.0, "pause at a used-up quota that does not say when it resets")
+    longest_quota_pause: float = _seconds(8 * 86400.0, "longest such pause; a later reset is not believed")
+    metrics_port: int | None = _setting(
+        None,
+        "port of http.host for Prometheus, 0 for any; unset: no metrics",
+        validator=_r.check(lambda v: v is None or (type(v) is int and 0 <= v <= 65535), "a port from 0 to 65535"),
+    )
 
 
 @frozen(kw_only=True)

@@ -246,6 +246,8 @@ def _from_text(text: str, option: OptionInfo) -> Any:
     kind = get_origin(option.cls) or option.cls
     if kind is bool:
         return _BOOLEANS.get(text.strip().lower(), text)
+    if kind not in (int, float):  # a number, or nothing
+        kind = next((each for each in get_args(option.cls) if each in (int, float)), kind)
     if kind is int or kind is float:
         try:
             return kind(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, cast
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from supervise.cli import exit_codes
 from supervise.cli.hardening import hide_environment
 from supervise.cli.streams import Screen
-from supervise.errors import SettingsError, SpecError, SuperviseError, UnsupportedPlatform
+from supervise.errors import BadInput, SettingsError, SpecError, SuperviseError, UnsupportedPlatform
 from supervise.secrets import Masker, secret_values
 from supervise.settings import Settings
 
@@ -33,6 +34,8 @@ app = App(
 
 _agent = Group("Agent")
 _job = Group("Job")
+_worker = Group("Worker")
+_task = Group("Task")
 _output = Group("Output")
 
 Config = Annotated[Path | None, Parameter(name="--config", help="TOML file to read instead of the user's.")]
@@ -183,6 +186,248 @@ def doctor(
     return _trio(command.run, settings, sweep, json)
 
 
+Root = Annotated[
+    Path | None,
+    Parameter(name="--root", group=_worker, help="Directory that holds tasks/, results/ …; default: worker.root."),
+]
+Worker = Annotated[str | None, Parameter(name="--worker", group=_worker, help="Name of a worker; default: all.")]
+Set = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative=(), help="A setting, as name=value; may be given again."),
+]
+OneObject = Annotated[
+    bool,
+    Parameter(
+        name="--json", negative=(), show_default=False, group=_output, help="One JSON object on standard output."
+    ),
+]
+
+
+@app.command
+def worker(
+    name: Annotated[str, Parameter(help="The worker's name; one of a name runs under a root.")],
+    /,
+    *,
+    root: Root = None,
+    workspace: Annotated[
+        Path | None, Parameter(group=_worker, help="Workspace of tasks that name none; default: worker.workspace.")
+    ] = None,
+    max_concurrent: Annotated[int | None, Parameter(group=_worker, help="Jobs at a time.")] = None,
+    executor: Annotated[
+        Literal["local", "mock"] | None, Parameter(group=_worker, help="Who runs the jobs: local, or mock for a trial.")
+    ] = None,
+    lock_file: Annotated[
+        Path | None, Parameter(group=_worker, help="A PID file at a place of yours, locked as well.")
+    ] = None,
+    lock_timeout: Annotated[
+        float | None, Parameter(group=_worker, help="Seconds to wait for a worker of this name to end.")
+    ] = None,
+    drain_timeout: Annotated[
+        float | None, Parameter(group=_worker, help="Seconds that running jobs have to end after the first signal.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, Parameter(group=_output, help="Serve metrics for Prometheus on this port of http.host; 0: any.")
+    ] = None,
+    set: Set = None,
+    config: Config = None,
+    json: Annotated[
+        bool,
+        Parameter(
+            negative=(), show_default=False, group=_output, help="Events, one JSON object a line, on standard output."
+        ),
+    ] = False,
+) -> int:
+    """Take tasks from a directory and run them, until a signal comes.
+
+    The first SIGTERM or SIGINT drains: no more tasks are taken, and those under way have --drain-timeout to end. The
+    second cancels them and puts their tasks back. Example: supervise worker w1 --root /srv/agents --workspace .
+    """
+    from supervise.cli import worker as command
+
+    overrides = {
+        "worker.root": root,
+        "worker.workspace": workspace,
+        "worker.max_concurrent": max_concurrent,
+        "executor": executor,
+        "worker.lock_file": lock_file,
+        "worker.lock_timeout": lock_timeout,
+        "worker.drain_timeout": drain_timeout,
+        "worker.metrics_port": metrics_port,
+    }
+    return _trio(command.run, name, _settings(config, set, overrides), json)
+
+
+@app.command
+def submit(
+    worker: Annotated[str, Parameter(help="Whose task it is.")],
+    description: Annotated[
+        str | None, Parameter(help="What the agent is told; '-' or nothing: read from standard input.")
+    ] = None,
+    /,
+    *,
+    root: Root = None,
+    task_id: Annotated[str | None, Parameter(group=_task, help="Id of the task; made if absent.")] = None,
+    priority: Annotated[
+        str | None, Parameter(group=_task, help="A whole number, higher comes first; or low, normal, high, urgent.")
+    ] = None,
+    depends_on: Annotated[
+        list[str] | None,
+        Parameter(group=_task, negative=(), help="Id of a task that must be completed first; may be given again."),
+    ] = None,
+    workspace: Annotated[
+        Path | None, Parameter(group=_task, help="Directory to work in; default: the worker's.")
+    ] = None,
+    timeout: Annotated[
+        float | None, Parameter(group=_task, help="Seconds from the agent's start until it is stopped.")
+    ] = None,
+    max_attempts: Annotated[int | None, Parameter(group=_task, help="Attempts; default: the worker's.")] = None,
+    not_before: Annotated[
+        str | None, Parameter(group=_task, help="Not before this time: 2026-11-21T12:00:00Z.")
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        Parameter(group=_task, negative=(), help="Something to keep with the task, name=value; may be given again."),
+    ] = None,
+    wait: Annotated[
+        float | None, Parameter(group=_task, help="Wait for the result, so many seconds at most, and print its text.")
+    ] = None,
+    set: Set = None,
+    config: Config = None,
+    json: OneObject = False,
+) -> int:
+    """Hand a task to a worker. Prints the task's id.
+
+    Example: supervise submit w1 --root /srv/agents --priority high "Add tests for the parser."
+    """
+    from supervise.cli import run as run_command
+    from supervise.cli import tasks as command
+    from supervise.model import new_job_id
+
+    fields: dict[str, Any] = {
+        "task_id": task_id or new_job_id(),
+        "description": run_command.read_prompt("-" if description == STANDARD_INPUT else description),
+        "worker": worker,
+        "priority": _whole(priority),
+        "dependencies": depends_on,
+        "workspace": None if workspace is None else os.path.abspath(workspace),
+        "timeout": timeout,
+        "max_attempts": max_attempts,
+        "not_before": not_before,
+        "metadata": dict(_pairs(metadata, "--metadata")) or None,
+    }
+    told = {name: value for name, value in fields.items() if value is not None}
+    settings = _settings(config, set, {"worker.root": root})
+    return _trio(command.hand_in, settings, worker, told, command.seconds_or_none(wait), json)
+
+
+@app.command
+def logs(
+    task: Annotated[str, Parameter(help="Id of a task, or of a job.")],
+    /,
+    *,
+    root: Root = None,
+    worker: Worker = None,
+    stderr: Annotated[
+        bool, Parameter(negative=(), show_default=False, group=_output, help="What it printed on standard error.")
+    ] = False,
+    follow: Annotated[
+        bool, Parameter(negative=(), show_default=False, group=_output, help="Go on until the task has ended.")
+    ] = False,
+    set: Set = None,
+    config: Config = None,
+) -> int:
+    """Print what the agent of a task has printed, of all attempts.
+
+    Example: supervise logs parser-tests --root /srv/agents --follow
+    """
+    from supervise.cli import tasks as command
+
+    settings = _settings(config, set, {"worker.root": root})
+    return _trio(command.logs, settings, task, worker, "stderr" if stderr else "stdout", follow)
+
+
+dlq = App(
+    name="dlq", help="Dead letters: tasks that came to nothing.\n\nExample: supervise dlq list --root /srv/agents"
+)
+app.command(dlq)
+
+Names = Annotated[list[str] | None, Parameter(negative=(), help="Names, or task ids, as `dlq list` tells them.")]
+All = Annotated[bool, Parameter(name="--all", negative=(), show_default=False, help="All of them.")]
+
+
+@dlq.command(name="list")
+def dlq_list(
+    *,
+    root: Root = None,
+    worker: Worker = None,
+    set: Set = None,
+    config: Config = None,
+    json: Annotated[
+        bool, Parameter(negative=(), show_default=False, group=_output, help="One JSON object a line.")
+    ] = False,
+) -> int:
+    """List the dead letters, the oldest first.
+
+    Example: supervise dlq list --root /srv/agents
+    """
+    from supervise.cli import dlq as command
+
+    return _trio(command.list_all, _settings(config, set, {"worker.root": root}), worker, json)
+
+
+@dlq.command(name="show")
+def dlq_show(
+    names: Names = None, /, *, root: Root = None, worker: Worker = None, set: Set = None, config: Config = None
+) -> int:
+    """Show dead letters whole, as JSON: the task, why it died, and its attempts.
+
+    Example: supervise dlq show parser-tests --root /srv/agents
+    """
+    from supervise.cli import dlq as command
+
+    return _trio(command.show, _settings(config, set, {"worker.root": root}), _some(names), worker)
+
+
+@dlq.command(name="retry")
+def dlq_retry(
+    names: Names = None,
+    /,
+    *,
+    every: All = False,
+    root: Root = None,
+    worker: Worker = None,
+    set: Set = None,
+    config: Config = None,
+) -> int:
+    """Put dead letters back among the tasks, their attempts forgotten.
+
+    Example: supervise dlq retry parser-tests --root /srv/agents
+    """
+    from supervise.cli import dlq as command
+
+    return _trio(command.retry, _settings(config, set, {"worker.root": root}), names or [], worker, every)
+
+
+@dlq.command(name="drop")
+def dlq_drop(
+    names: Names = None,
+    /,
+    *,
+    every: All = False,
+    root: Root = None,
+    worker: Worker = None,
+    set: Set = None,
+    config: Config = None,
+) -> int:
+    """Remove dead letters for good.
+
+    Example: supervise dlq drop parser-tests --root /srv/agents
+    """
+    from supervise.cli import dlq as command
+
+    return _trio(command.drop, _settings(config, set, {"worker.root": root}), names or [], worker, every)
+
+
 def main(argv: list[str]) -> int:
     """Run the command line. Returns the exit code; a user never sees a traceback for a mistake of theirs."""
     _secrets.update(secret_values(os.environ))
@@ -192,7 +437,7 @@ def main(argv: list[str]) -> int:
         code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _complain(_plain(error), exit_codes.USAGE)
-    except (SpecError, SettingsError, UnsupportedPlatform, ImportError) as error:
+    except (SpecError, SettingsError, BadInput, UnsupportedPlatform, ImportError) as error:
         if isinstance(error, ImportError) and not isinstance(error, SuperviseError):
             return _bug()
         return _complain(str(error), exit_codes.USAGE)
@@ -229,14 +474,36 @@ def _secrets_of(settings: Settings) -> set[str]:
     return {secret.reveal() for secret in known if secret} | secret_values(settings.agent.env)
 
 
+def _settings(config: Path | None, pairs: list[str] | None, options: dict[str, Any]) -> Settings:
+    """What the options say goes over what `--set` says."""
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    settings = Settings.load(config=config, overrides={**_overrides(pairs), **given})
+    _secrets.update(_secrets_of(settings))
+    return settings
+
+
 def _overrides(pairs: list[str] | None) -> dict[str, Any]:
-    overrides: dict[str, Any] = {}
+    return dict(_pairs(pairs, "--set"))
+
+
+def _pairs(pairs: list[str] | None, option: str) -> Iterator[tuple[str, str]]:
     for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not equals:
-            raise SettingsError(f"--set {pair!r} is no name=value; write --set index.mode=none, for instance")
-        overrides[name] = value
-    return overrides
+            example = "index.mode=none" if option == "--set" else "ticket=1234"
+            raise SettingsError(f"{option} {pair!r} is no name=value; write {option} {example}, for instance")
+        yield name, value
+
+
+def _whole(text: str | None) -> int | str | None:
+    """A number where it is one; else the word, for whoever knows what words there are."""
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+
+
+def _some(names: list[str] | None) -> list[str]:
+    if not names:
+        raise SettingsError("no dead letter was named; supervise dlq list tells which there are")
+    return names
 
 
 def _plain(error: CycloptsError) -> str:

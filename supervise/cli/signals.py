@@ -6,18 +6,23 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import final
+from typing import Protocol, final
 
 import trio
-
-from supervise.job.handle import Job
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Cancellable(Protocol):
+    """A job, or a worker."""
+
+    def cancel(self, reason: str) -> None:
+        """Asked to end; asked again, to hurry."""
+
+
 @final
 class Signals:
-    """Turns SIGINT, SIGTERM and SIGHUP into `job.cancel()`: the first asks, each further one hurries.
+    """Turns SIGINT, SIGTERM and SIGHUP into `cancel()` of a job: the first asks, each further one hurries.
 
     Attributes:
         ended_by: the first signal that came, or SIGPIPE.
@@ -27,7 +32,7 @@ class Signals:
     def __init__(self) -> None:
         self.ended_by: int | None = None
         self.preparation = trio.CancelScope()
-        self._job: Job | None = None
+        self._job: Cancellable | None = None
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -55,7 +60,7 @@ class Signals:
                 self.preparation.cancel()
             yield
 
-    def belong_to(self, job: Job) -> None:
+    def belong_to(self, job: Cancellable) -> None:
         """From here on, signals go to `job`, also one that came before."""
         self._job = job
         if self.ended_by is not None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from supervise import events as e
+from supervise.codec import rfc3339
 from supervise.model import IndexStatus, Outcome
 
 Line = tuple[str, str, str]
@@ -65,6 +66,42 @@ def _describe(event: e.Event) -> Line | None:
             return "index", f"the reconcile is not to be believed: {event.reason}", "bad"
         case e.AgentEvent():
             return _agent(event)
+        case e.TaskEvent():
+            return _task(event)
+        case e.WorkerTrouble():
+            if event.error:
+                return event.worker, f"{event.what}: {event.error}", "bad"
+            return event.worker, f"{event.what} works again", "good"
+        case e.WorkerChanged():
+            return event.worker, _worker(event), _WORKER_MOOD.get(event.status, "bad")
+    return None
+
+
+_WORKER_MOOD = {"healthy": "", "degraded": "warn", "draining": "warn"}
+
+
+def _worker(event: e.WorkerChanged) -> str:
+    why = f" ({'; '.join(event.reasons)})" if event.reasons else ""
+    active = f", at work on {', '.join(event.active_tasks)}" if event.active_tasks else ""
+    return f"{event.status}{why}: {_count(event.queue_size, 'task waits', 'tasks wait')}{active}"
+
+
+def _task(event: e.TaskEvent) -> Line | None:
+    match event:
+        case e.TaskReceived():
+            return event.task_id, "received" + (f", priority {event.priority}" if event.priority else ""), ""
+        case e.TaskClaimed():
+            return event.task_id, f"attempt {event.attempt} begins", ""
+        case e.TaskFinished():
+            mood = "good" if event.status == Outcome.COMPLETED else "bad"
+            return event.task_id, f"{event.status} after {event.seconds:.2f} s", mood
+        case e.TaskRetried():
+            what = f"attempt {event.attempt} failed ({event.failure_kind}): {event.error}"
+            return event.task_id, f"{what}; once more at {rfc3339(event.at)}", "warn"
+        case e.TaskBuried():
+            return event.task_id, f"is a dead letter ({event.reason}): {event.detail}", "bad"
+        case e.TaskPutBack():
+            return event.task_id, f"was put back: {event.reason}", "warn"
     return None
 
 

@@ -1,0 +1,109 @@
+"""`supervise worker`: run a worker until a signal ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import final
+
+import trio
+from rich.console import Console
+
+from supervise.cli import exit_codes
+from supervise.cli.signals import Signals
+from supervise.cli.stdout import Stdout
+from supervise.cli.view import COLOURS, say, seen
+from supervise.codec import event_to_json, to_line
+from supervise.dispatch.worker import Worker, open_worker
+from supervise.events import Event, WorkerChanged
+from supervise.job.bus import Subscription
+from supervise.observe.describe import describe
+from supervise.settings import Settings
+
+
+async def run(name: str, settings: Settings, json: bool, *, console: Console) -> int:
+    """Run a worker until it is drained; the exit code.
+
+    Args:
+        name: the worker's.
+        settings: all bounds.
+        json: events as lines of JSON on standard output, and nothing else there.
+        console: where people look (standard error).
+    """
+    signals = Signals()
+    with ExitStack() as stack:
+        stack.enter_context(signals.watch())
+        emit = _metrics(settings, stack, console)
+        async with open_worker(name, settings=settings, emit=emit) as worker:
+            ending = Ending(worker)
+            signals.belong_to(ending)
+            say(console, f"supervise: worker {name} takes tasks from {worker.root / 'tasks' / name}", "dim")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_show, worker, json, console)
+                await worker.stopped()
+    await seen(console)
+    if ending.step > 1 and signals.ended_by is not None:
+        return exit_codes.of_signal(signals.ended_by)
+    return exit_codes.FAILED if worker.put_back else exit_codes.COMPLETED
+
+
+@final
+class Ending:
+    """The first signal drains the worker, the second cancels its tasks, each further one hurries them."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.step = 0
+        self._worker = worker
+
+    def cancel(self, reason: str) -> None:
+        """See the class."""
+        self.step += 1
+        if self.step == 1:
+            self._worker.drain()
+        else:
+            self._worker.cancel()
+
+
+def _metrics(settings: Settings, stack: ExitStack, console: Console) -> Callable[[Event], None]:
+    if settings.worker.metrics_port is None:
+        return lambda event: None
+    from supervise.observe.metrics import Metrics, served
+
+    metrics = Metrics()
+    port = stack.enter_context(served(metrics, settings.http.host, settings.worker.metrics_port))
+    say(console, f"supervise: metrics at http://{settings.http.host}:{port}/metrics", "dim")
+    return metrics.observe
+
+
+async def _show(worker: Worker, json: bool, console: Console) -> None:
+    stdout = Stdout(1, lambda: None)
+    async with worker.subscribe() as events:
+        if json:
+            await _json(events, stdout)
+        else:
+            await _lines(events, console)
+
+
+async def _json(events: Subscription, stdout: Stdout) -> None:
+    """A reader who goes away, or takes nothing, keeps no task from its work."""
+    async for event in events:
+        if not await stdout.text(to_line(event_to_json(event))):
+            return
+
+
+async def _lines(events: Subscription, console: Console) -> None:
+    last = ""
+    async for event in events:
+        if isinstance(event, WorkerChanged):
+            if event.status == last:
+                continue
+            last = event.status
+        line = describe(event)
+        if line is not None:
+            who, what, mood = line
+            say(console, f"{_clock(event)}  {who:<16} {what}", COLOURS[mood])
+
+
+def _clock(event: Event) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(event.time))
