@@ -71,7 +71,10 @@ class FailureKind(StrEnum):
 
 
 class IndexStatus(StrEnum):
-    """What is known of the index. The first five are final, `watching` and `reconciling_fallback` are live."""
+    """What is known of the index. The first five are final, `watching` and `reconciling_fallback` are live.
+
+    `watching` is also the last word on a job that leaves a shared watch to others: the last one out settles the index.
+    """
 
     NONE = "none"
     WATCH_TERMINATED = "watch_terminated"
@@ -201,8 +204,9 @@ def _least(least: int, rule: str) -> Validator:
 
 @frozen(kw_only=True)
 class Limits:
-    """Bounds for all processes of a job together, kept by the kernel's cgroup controllers.
+    """Bounds for all processes of a job's agent together, kept by the kernel's cgroup controllers.
 
+    The index is not bounded by them: its watch may be shared with other jobs, and belongs to none.
     A controller that is not enabled yet is enabled in `cgroup.subtree_control` of the group that holds the
     supervisor's, and stays so.
 
@@ -224,7 +228,7 @@ class Limits:
 
 @frozen(kw_only=True)
 class WatchMetrics:
-    """What the watch of one job did, and what it saved.
+    """What the watch did, for all jobs that shared it, and what it saved.
 
     Times of day are seconds since the epoch, lengths are seconds.
     `saved_seconds` is the last reconcile of this workspace that is on record minus what this clean end took:
@@ -257,10 +261,12 @@ class IndexReport:
     """What became of the index.
 
     Attributes:
-        status: one of the final statuses.
+        status: one of the final statuses, or `watching`: other jobs still use the watch that this job has left.
         reason: why, in one line; empty for a clean end.
         watch_restarts: how often the watch was started again after a crash.
-        stale: whether the stale mark stays on disk, so that the next job reconciles first.
+        stale: whether the stale mark stays on disk, so that the next job reconciles first. Where the watch is shared,
+            it stays until the last job has left.
+        metrics: the numbers when this job left.
     """
 
     status: IndexStatus = IndexStatus.NONE
@@ -442,8 +448,8 @@ class JobSpec:
         timeout: seconds from the agent's spawn until the agent is stopped; the reconcile is not included.
         env: further environment of the agent. Values are taken for secrets where their names say so.
         user: name of the user that the agent and the index run as (root only).
-        limits: bounds for all processes of the job together, where the cgroup controllers are ours to use; elsewhere
-            the job fails and says that they are not available here.
+        limits: bounds for all processes of the agent together, where the cgroup controllers are ours to use;
+            elsewhere the job fails and says that they are not available here.
         labels: free texts that come back in the result.
 
     Raises:

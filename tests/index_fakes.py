@@ -438,6 +438,65 @@ class FakeMark:
         return self.marked or self.clean != f"v{self._world.version}"
 
 
+class FakeLock:
+    """A `Lock` in memory. `of` is who has the lock of each workspace; to be shared by those who compete.
+
+    Args:
+        until: somebody else has it until this time.
+        fails: to ask for it raises `OSError`.
+    """
+
+    def __init__(self, of: dict[str, object] | None = None, *, until: float = 0.0, fails: bool = False) -> None:
+        self._of = {} if of is None else of
+        self._until = until
+        self._fails = fails
+        self.asked: list[float] = []
+        self.history: list[tuple[float, str]] = []
+
+    @property
+    def held(self) -> bool:
+        return self._of.get("lock") is self
+
+    async def take(self) -> bool:
+        # No checkpoint: an agent that is let go at once would else edit before the first look at the workspace.
+        self.asked.append(trio.current_time())
+        if self._fails:
+            raise OSError(24, "Too many open files")
+        if trio.current_time() < self._until or self._of.setdefault("lock", self) is not self:
+            return False
+        self.history.append((trio.current_time(), "taken"))
+        return True
+
+    def release(self) -> None:
+        if self.held:
+            del self._of["lock"]
+            self.history.append((trio.current_time(), "released"))
+
+
+class FakeValidation:
+    """A `Validation` in memory."""
+
+    def __init__(self, *, known: bool = False) -> None:
+        self.good = known
+        self.noted = False
+
+    async def known(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        return self.good
+
+    async def note(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.noted = True
+
+    async def remember(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.good = self.good or self.noted
+
+    async def forget(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.good = self.noted = False
+
+
 @frozen(kw_only=True)
 class Plan:
     """One job, as a script.
@@ -447,6 +506,9 @@ class Plan:
         agent: how long the agent works; it edits at its start, halfway and at its end.
         agent_stop: how long it takes to end once it is cancelled; a further cancel ends that.
         cancels: when the job is cancelled, in seconds after its start; all but the first say "hurry".
+        locked_until: somebody else has the lock of the workspace until then.
+        lock_fails: it cannot be asked for.
+        validated: `fix-config` is known to be good.
     """
 
     settings: IndexSettings = Factory(IndexSettings)
@@ -460,6 +522,9 @@ class Plan:
     agent_stop: float = 0.0
     cancels: tuple[float, ...] = ()
     kill_wait: float = 5.0
+    locked_until: float = 0.0
+    lock_fails: bool = False
+    validated: bool = False
 
 
 class Drive:
@@ -481,6 +546,8 @@ class Drive:
         )
         if self.mark.stale and not (plan.before == "unseen" and plan.settings.assume_fresh):
             self.world.lacking.add(1)
+        self.lock = FakeLock(until=plan.locked_until, fails=plan.lock_fails)
+        self.validation = FakeValidation(known=plan.validated)
         self.events: list[Event] = []
         self.report: IndexReport
         self.agent_began: float | None = None
@@ -526,6 +593,8 @@ async def _job(run: Drive, driver_class: type[IndexDriver], limit: float) -> Non
         command=lambda argv: Command(argv=argv, cwd="/w", env={}),
         open_tree=run.trees,
         mark=run.mark,
+        lock=run.lock,
+        validation=run.validation,
         emit=run.events.append,
         hurry=hurry,
         kill_wait=plan.kill_wait,

@@ -7,8 +7,8 @@ watch; `FallbackReconcile` is `cidx index --reconcile`, which never runs beside 
 
 `TABLE` maps state and event to the next state. A missing row is the one error, `IllegalTransition`.
 
-What a table cannot hold is how the job's end depends on all that happened before. That is `Facts`, a value which
-the driver fills in, and `ENDS`, the list of endings of which the first that matches is taken. The driver
+What a table cannot hold is how the end depends on all that happened before. That is `Facts`, a value which the
+driver fills in, and `ENDS`, the list of endings of which the first that matches is taken. The driver
 (watch.py) knows no rule: it reports events, asks `next_state` and `ending`, and does what they say.
 """
 
@@ -53,7 +53,7 @@ class Event(StrEnum):
 TABLE: dict[tuple[State, Event], State] = {
     (State.NOT_STARTED, Event.START): State.STARTING,
     (State.NOT_STARTED, Event.RECONCILE): State.FALLBACK_RECONCILE,  # a stale workspace, before its watch
-    (State.NOT_STARTED, Event.FAILED): State.FAILED,  # disabled
+    (State.NOT_STARTED, Event.FAILED): State.FAILED,  # disabled, or another watches
     #
     (State.STARTING, Event.READY): State.RUNNING,
     (State.STARTING, Event.SETTLED): State.RUNNING,
@@ -81,7 +81,7 @@ TABLE: dict[tuple[State, Event], State] = {
     (State.TERMINATED, Event.FAILED): State.FAILED,  # disabled, after the stale workspace was reconciled
 }
 
-#: States in which a job may end.
+#: States in which the last job may end.
 FINAL = frozenset({State.NOT_STARTED, State.TERMINATED, State.FAILED})
 
 #: What is told of the index while the watch is in a state; `None` leaves what was told before.
@@ -110,23 +110,28 @@ def next_state(state: State, event: Event) -> State:
 
 @frozen(kw_only=True)
 class Facts:
-    """What has happened in this job, as far as it decides what the index is worth.
+    """What has happened while jobs used the index, as far as it decides what the index is worth.
 
     Attributes:
         index: the job has an index at all.
+        alone: the lock of the workspace was ours from the start, so that nobody else had a watch there. Without it
+            there is no watch, and the reconcile at the end waits for the lock.
+        locked_out: that wait was in vain.
         level_before: the index was level with the workspace when the watch started: it was not stale, or the
             reconcile before the watch was good.
-        ready_in_time: the readiness line was seen, and before the agent was let go. What an agent writes before
+        ready_in_time: the readiness line was seen, and before any agent was let go. What an agent writes before
             the watch watches, nobody sees.
         crashes: how often the watch ended unasked.
         errors: `ERROR` lines of the watch.
         flushed: it ended with exit code 0 in answer to our flush signal.
-        cancelled: the job was cancelled.
+        cancelled: the job was cancelled; of several that shared the watch, the last one.
         fallback: reconciling is allowed.
         reconcile_on_cancel: also after a cancellation.
     """
 
     index: bool = True
+    alone: bool = True
+    locked_out: bool = False
     level_before: bool = False
     ready_in_time: bool = False
     crashes: int = 0
@@ -143,12 +148,13 @@ class Facts:
     @property
     def clean(self) -> bool:
         """Nothing speaks against the watch."""
-        return self.level_before and self.ready_in_time and self.crashes == 0 and self.errors == 0 and self.flushed
+        up = self.alone and self.level_before and self.ready_in_time
+        return up and self.crashes == 0 and self.errors == 0 and self.flushed
 
 
 @frozen
 class End:
-    """What to do when the agent's tree is empty and the watch has ended.
+    """What to do when the trees of all agents are empty and the watch has ended.
 
     Attributes:
         name: of the situation.
@@ -168,6 +174,7 @@ ENDS: tuple[End, ...] = (
     End("clean", lambda f: f.clean, False, IndexStatus.WATCH_TERMINATED),
     End("cancelled", lambda f: f.cancelled and not f.reconcile_on_cancel, False, IndexStatus.STALE),
     End("fallback off", lambda f: not f.fallback, False, IndexStatus.FAILED),
+    End("locked out", lambda f: f.locked_out, False, IndexStatus.FAILED),
     End("otherwise", lambda f: True, True, IndexStatus.READY_VIA_FALLBACK),
 )
 

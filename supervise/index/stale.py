@@ -3,13 +3,14 @@
     <state_dir>/workspaces/<hash of the path>/stale.json   there: the index may be behind its workspace
     <state_dir>/workspaces/<hash of the path>/clean.json   the workspace as it was when it was last level
     <state_dir>/workspaces/<hash of the path>/lock         locked while one of them is changed
-    <state_dir>/workspaces/<hash of the path>/alive        locked, shared, by each job that is at work there
+    <state_dir>/workspaces/<hash of the path>/alive        locked, shared, by whoever is at work there
 
 The mark is on the disk before an agent starts, and goes only after a proof. So whatever dies in between leaves
 it. A workspace that was never seen, or that has changed since its last clean stamp, is stale as well.
 
-The mark names the jobs that it stands for. A job that proves the index level takes its own name off, and those that
-dead jobs had left before it began, for it has levelled the index after them; never the name of a job that may live.
+The mark names the jobs that it stands for. Jobs that share a watch share one `DiskMark`, and one hold on `alive`.
+Whoever proves the index level takes the names of these jobs off, and those that dead jobs had left before the first
+of them began, for the index was levelled after them; never the name of another job that may live.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from supervise import durable
 from supervise.codec import loads, rfc3339, to_line
 from supervise.errors import SpawnError
 from supervise.index.cidx import INDEX_DIRECTORY
+from supervise.index.lock import lock, open_lock, unlock
 from supervise.model import StopPolicy, Survivor
 from supervise.processes.child import Tree, TreeOpener
 from supervise.processes.containment import Command
@@ -54,7 +56,11 @@ class StaleMark(Protocol):
     """The mark of one workspace, and its stamp."""
 
     async def set(self, job_id: str) -> str:
-        """Put the mark on the disk. Returns why the index was stale before: empty if it was not marked."""
+        """Put the mark on the disk. Returns why the index was stale before: empty if it was not marked.
+
+        Again, before `clear`, for a job that joins: its name is added, and is one of those that `clear` takes off. One
+        at a time.
+        """
 
     async def stamp(self) -> str | None:
         """The state of the workspace in a few bytes; `None` where it cannot be told."""
@@ -63,13 +69,13 @@ class StaleMark(Protocol):
         """Why a workspace with this stamp is stale; empty if it is as it was when last clean."""
 
     async def clear(self, stamp: str | None, reconcile_seconds: float | None) -> None:
-        """Record that the index is level with the workspace of that stamp, and remove this job's mark.
+        """Record that the index is level with the workspace of that stamp, and remove the mark of our jobs.
 
         A mark that stands for another job, too, stays for that, and nothing is recorded.
         """
 
     def release(self) -> None:
-        """The job is over: what it leaves of its mark is for the next one to settle."""
+        """Our jobs are over: what they leave of their mark is for the next one to settle. May be called again."""
 
     @property
     def last_reconcile_seconds(self) -> float | None:
@@ -98,6 +104,7 @@ class DiskMark:
         self._read_stamp = read_stamp
         self._settles: frozenset[str] = frozenset()  # the jobs whose names a clean end takes off the mark
         self._alive: weakref.finalize[[int], DiskMark] | None = None
+        self._cleared = False
 
     async def set(self, job_id: str) -> str:
         """See `StaleMark.set`."""
@@ -134,6 +141,8 @@ class DiskMark:
             self._alive = None
 
     def _set(self, job_id: str) -> str:
+        if self._alive is not None and not self._cleared:
+            return self._add(job_id)
         self.release()
         durable.make_private(self.directory)
         try:
@@ -141,13 +150,28 @@ class DiskMark:
                 alone = self._live()
                 before = self._jobs()
                 self._settles = frozenset({job_id, *(before if alone else ())})
-                others = [(other, at) for other, at in before.items() if other != job_id]
-                self._write({**dict(others[1 - MOST_JOBS :]), job_id: rfc3339(time.time())})
+                self._cleared = False
+                self._write(self._with(before, job_id))
         except OSError:
             self.release()
             self._forget_clean()
             raise
         return _told(before, alone=alone)
+
+    def _add(self, job_id: str) -> str:
+        """One more job. Should the disk refuse its name, the others' names stand for the index all the same."""
+        with self._locked():
+            before = self._jobs()
+            self._settles |= {job_id}
+            self._write(self._with(before, job_id))
+        return ""
+
+    def _with(self, jobs: dict[str, str], job_id: str) -> dict[str, str]:
+        """`jobs` and one more, at most `MOST_JOBS`: names of ours go first, for one of them is enough."""
+        others = [name for name in jobs if name != job_id]
+        others.sort(key=lambda name: name not in self._settles)  # stable: the oldest of each kind first
+        kept = set(others[max(0, len(others) + 1 - MOST_JOBS) :])
+        return {**{name: at for name, at in jobs.items() if name in kept}, job_id: rfc3339(time.time())}
 
     def _jobs(self) -> dict[str, str]:
         """The jobs that the mark stands for, the oldest first, and when they set it."""
@@ -165,24 +189,24 @@ class DiskMark:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One job at a time reads and changes the mark. The lock of a process that dies is free."""
-        descriptor = _open_lock(self.directory / "lock")
+        descriptor = open_lock(self.directory / "lock")
         try:
             give_up = time.monotonic() + LOCK_PATIENCE
-            while not _lock(descriptor, fcntl.LOCK_EX):
+            while not lock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() >= give_up:
                     raise OSError(errno.ETIMEDOUT, f"another job held its lock for {LOCK_PATIENCE:g} s")
                 time.sleep(0.02)
             yield
         finally:
-            _unlock(descriptor)
+            unlock(descriptor)
 
     def _live(self) -> bool:
         """Be at work in this workspace until `release`, or until death. Returns whether nobody else is."""
-        descriptor = _open_lock(self.directory / "alive")
-        self._alive = weakref.finalize(self, _unlock, descriptor)
+        descriptor = open_lock(self.directory / "alive")
+        self._alive = weakref.finalize(self, unlock, descriptor)
         self._alive.atexit = False  # else a forked child of ours would give it back at its own exit
-        alone = _lock(descriptor, fcntl.LOCK_EX)
-        if not _lock(descriptor, fcntl.LOCK_SH):  # nobody else asks for it alone: we hold the other lock
+        alone = lock(descriptor, fcntl.LOCK_EX)
+        if not lock(descriptor, fcntl.LOCK_SH):  # nobody else asks for it alone: we hold the other lock
             raise OSError(errno.EWOULDBLOCK, "somebody keeps all jobs out of the workspace")
         return alone
 
@@ -203,6 +227,7 @@ class DiskMark:
                 self._write(left)
             else:
                 self._write_clean(stamp, reconcile_seconds)
+            self._cleared = True
 
     def _write_clean(self, stamp: str | None, reconcile_seconds: float | None) -> None:
         record = {
@@ -233,28 +258,6 @@ def _told(jobs: dict[str, str], *, alone: bool) -> str:
     *older, last = jobs
     more = f" (and {len(older)} more before it)" if older else ""
     return f"job {last} {'left it behind at' if alone else 'may be at work here since'} {jobs[last]}{more}"
-
-
-def _open_lock(path: Path) -> int:
-    """A file to be locked. It is never removed: else two could hold a lock of the same name."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-
-def _lock(descriptor: int, kind: int) -> bool:
-    """Take a lock, if it is free."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlock(descriptor: int) -> None:
-    """Closing would do, were there not a child between its fork and its exec."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
 
 
 @final

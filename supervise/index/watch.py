@@ -1,7 +1,8 @@
 """The driver of the index watch: it does what the tables in lifecycle.py say.
 
-One `IndexDriver` is one child of a job's nursery. It levels a stale workspace, runs the watch beside the agent,
-and when it is told to, ends the watch and reconciles where the watch cannot be trusted.
+One `IndexDriver` serves all jobs that share a watch (see pool.py). It levels a stale workspace, runs the watch beside
+the agents, and when it is told to, ends the watch and reconciles where the watch cannot be trusted. All of that it does
+under the lock of the workspace; where somebody else has that, it does nothing until the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from supervise.index import cidx
 from supervise.index.cidx import Cidx, Line, ReconcileVerdict
 from supervise.index.lifecycle import LEAVES_MARK, LIVE_STATUS, Facts, RestartBudget, State, ending, next_state
 from supervise.index.lifecycle import Event as What
+from supervise.index.lock import Lock
 from supervise.index.stale import StaleMark
+from supervise.index.validation import Validation
 from supervise.model import ExitStatus, IndexReport, IndexStatus, StopPolicy, Survivor, WatchMetrics
 from supervise.processes.child import Child, Tree, TreeOpener
 from supervise.processes.containment import Command
@@ -35,15 +38,27 @@ log = logging.getLogger("supervise.index")
 #: How long the last output of a command is waited for after its end, in seconds. A daemon may hold the pipe.
 LAST_WORDS = 0.2
 
+#: How often a lock that somebody else has is asked for, in seconds. Nobody tells when it is free.
+ASK_AGAIN = 0.05
+
 GIVEN_UP = "it was given up, the job ends"
+NOT_ALONE = "another supervisor, or a job with other settings, watches this workspace"
 
 
 class Index(Protocol):
     """The index of a job, as the job's nursery sees it."""
 
-    status: IndexStatus
-    state: State
-    survivors: tuple[Survivor, ...]
+    @property
+    def status(self) -> IndexStatus:
+        """What is known of it now."""
+
+    @property
+    def state(self) -> State:
+        """Where the watch is."""
+
+    @property
+    def survivors(self) -> tuple[Survivor, ...]:
+        """Processes of it that could not be ended, for the job to report."""
 
     async def mark(self, job_id: str) -> None:
         """Put the stale mark on the disk. To be done before the agent starts. Not cancellable."""
@@ -110,7 +125,7 @@ class _Ended(Enum):
 
 @final
 class IndexDriver:
-    """Drives the watch of one workspace for one job.
+    """Drives the watch of one workspace, for one job or for several.
 
     Args:
         tool: the indexer's command lines.
@@ -118,6 +133,8 @@ class IndexDriver:
         command: makes a `Command` (directory, environment, user) of an argument vector.
         open_tree: starts processes.
         mark: the stale mark of the workspace.
+        lock: the lock of the workspace.
+        validation: what is remembered of `cidx fix-config`.
         emit: gets the events.
         hurry: ends waits early.
         kill_wait: as in `StopPolicy`, seconds.
@@ -131,6 +148,8 @@ class IndexDriver:
         command: Callable[[tuple[str, ...]], Command],
         open_tree: TreeOpener,
         mark: StaleMark,
+        lock: Lock,
+        validation: Validation,
         emit: Callable[[Event], None],
         hurry: Hurry,
         kill_wait: float = 5.0,
@@ -143,6 +162,8 @@ class IndexDriver:
         self._command = command
         self._open_tree = open_tree
         self._mark = mark
+        self._lock = lock
+        self._validation = validation
         self._emit = emit
         self._hurry = hurry
         graceful = (signal.SIGTERM, settings.termination_timeout)
@@ -162,7 +183,7 @@ class IndexDriver:
         self._stop_asked = trio.Event()
         self._report: IndexReport | None = None
         self._reported = trio.Event()
-        self._reconciling: trio.CancelScope | None = None
+        self._giving_up: trio.CancelScope | None = None  # of what a cancelled job does not wait for
         self._up_since: float | None = None
 
     # --- what the job says --------------------------------------------------------------------------------
@@ -171,7 +192,7 @@ class IndexDriver:
         """See `Index.mark`."""
         with trio.CancelScope(shield=True):
             try:
-                self._marked_before = await self._mark.set(job_id)
+                self._marked_before = await self._mark.set(job_id) or self._marked_before
             except OSError as error:
                 self._mark_trouble = f"the stale mark could not be written: {error.strerror}"
                 log.error(self._mark_trouble)
@@ -192,14 +213,23 @@ class IndexDriver:
         """See `Index.cancel`."""
         self._facts = self._facts.with_(cancelled=True)
         self._stop_asked.set()
-        if self._reconciling is not None and not self._settings.reconcile_on_cancel:
-            self._reconciling.cancel()
+        if self._giving_up is not None and not self._settings.reconcile_on_cancel:
+            self._giving_up.cancel()
 
     async def report(self) -> IndexReport:
         """See `Index.report`."""
         await self._reported.wait()
         assert self._report is not None
         return self._report
+
+    def so_far(self) -> WatchMetrics:
+        """The numbers at this moment."""
+        up = 0.0 if self._up_since is None else trio.current_time() - self._up_since
+        return evolve(self._metrics, uptime=self._metrics.uptime + up)
+
+    def release_mark(self) -> None:
+        """No job is at work here any more. To be called where `run` may have ended before it was told to."""
+        self._mark.release()
 
     # --- the life -----------------------------------------------------------------------------------------
 
@@ -208,16 +238,31 @@ class IndexDriver:
         """See `Index.run`. Cancelling the caller's scope does not reach it; `cancel` does."""
         with trio.CancelScope(shield=True):
             try:
-                await self._level_a_stale_workspace()
-                await self._watch_until_stopped()
+                if await self._is_alone():
+                    await self._level_a_stale_workspace()
+                    await self._watch_until_stopped()
                 self._may_start.set()
                 await self._stop_asked.wait()
                 await self._settle()
             finally:
                 self._may_start.set()
-                self._mark.release()
+                self._lock.release()
+                if self._stop_asked.is_set():  # else by a bug, and the jobs whose names are on the mark are at work
+                    self._mark.release()
                 if self._report is None:  # a bug is on its way up; nobody shall wait for ever
                     self._conclude(IndexStatus.FAILED, "the driver of the index failed")
+
+    async def _is_alone(self) -> bool:
+        """Take the lock of the workspace, for good. Beside somebody who has it, nothing is done before the end."""
+        try:
+            why = "" if await self._lock.take() else NOT_ALONE
+        except OSError as error:
+            why = _unlockable(error)
+        if why:
+            self._reason = why
+            self._facts = self._facts.with_(alone=False)
+            self._apply(What.FAILED, why)
+        return not why
 
     async def _level_a_stale_workspace(self) -> None:
         """Reconcile before the watch what an earlier job, or somebody else, left behind."""
@@ -254,7 +299,7 @@ class IndexDriver:
                 return
             pause = self._budget.pause(trio.current_time())
             if pause is None:
-                log.error("the watch keeps crashing; it stays down until the reconcile at the job's end")
+                log.error("the watch keeps crashing; it stays down until the reconcile at the end")
                 return
             with trio.move_on_after(pause):
                 await self._stop_asked.wait()
@@ -280,6 +325,7 @@ class IndexDriver:
         ready = trio.Event()
         ear = _Ear(lambda line: self._watch_line(line, ready))
         event, reason, ended = What.FAILED, "", _Ended.NEVER_UP
+        was_up = False
         async with self._open_tree("watch", self._stop_watch, self._hurry) as tree:
             try:
                 trouble = await self._prepare(tree) if first else ""
@@ -288,6 +334,8 @@ class IndexDriver:
                 elif not self._stop_asked.is_set():
                     child = await self._spawn(tree, self._tool.watch, ear)
                     was_up = await self._until_up(child, ready)
+                    if ready.is_set() and first:
+                        await self._validation.remember()
                     event, reason, ended = await self._until_down(child, was_up, ready)
                 else:
                     event, reason, ended = What.FAILED, "the job ended before the watch was started", _Ended.STOPPED
@@ -297,6 +345,8 @@ class IndexDriver:
                 await self._stop_daemon()
         ear.close()
         self.survivors += tree.survivors
+        if ended in (_Ended.NEVER_UP, _Ended.CRASHED) or (was_up and not ready.is_set()):
+            await self._validation.forget()
         self._reason = reason or self._reason
         self._count_down()
         if ended is _Ended.NEVER_UP:
@@ -318,10 +368,16 @@ class IndexDriver:
             self._daemon = _Daemon.THEIRS
         elif status.ok and tree.alive():
             self._daemon = _Daemon.OURS
+        return "" if await self._validation.known() else await self._validate(tree)
+
+    async def _validate(self, tree: Tree) -> str:
+        """`cidx fix-config`. Returns what keeps the watch from starting."""
         fixed = await self._run(tree, self._tool.fix_config)
         if fixed is None:
             return "" if self._stop_asked.is_set() else self._late("cidx fix-config")
-        if not fixed[0].ok:  # the watch will say itself whether it can live with its configuration
+        if fixed[0].ok:
+            await self._validation.note()
+        else:  # the watch will say itself whether it can live with its configuration
             self._emit(IndexOutput(kind="fix_config", line=f"cidx fix-config ended with {fixed[0]}"))
         return ""
 
@@ -332,7 +388,7 @@ class IndexDriver:
         """One of the short commands; `None` if it did not end, or the job ends meanwhile."""
         child = await self._spawn(tree, argv)
         with trio.move_on_after(self._settings.command_timeout):
-            await _first_of(child.wait, self._stop_asked.wait)
+            await first_of(child.wait, self._stop_asked.wait)
         if child.status is None:
             return None
         await _last_words(child)
@@ -341,7 +397,7 @@ class IndexDriver:
     async def _until_up(self, child: Child, ready: trio.Event) -> bool:
         """Wait for readiness, settling, the end, or the stop. Returns whether the watch is now Running."""
         with trio.move_on_after(self._settings.settle_time):
-            await _first_of(child.wait, ready.wait, self._stop_asked.wait)
+            await first_of(child.wait, ready.wait, self._stop_asked.wait)
         if child.status is not None or self._stop_asked.is_set():
             return False
         if not ready.is_set():
@@ -352,7 +408,7 @@ class IndexDriver:
 
     async def _until_down(self, child: Child, was_up: bool, ready: trio.Event) -> tuple[What, str, _Ended]:
         """Stay with the watch until it ends by itself, or is asked to."""
-        await _first_of(child.wait, self._stop_asked.wait)
+        await first_of(child.wait, self._stop_asked.wait)
         if child.status is None:
             # Older than the flush: what changes later is not covered by it. This takes a while.
             self._stamp = await self._mark.stamp()
@@ -411,19 +467,19 @@ class IndexDriver:
         try:
             async with self._open_tree("reconcile", self._stop_reconcile, self._hurry) as tree:
                 child = await self._spawn(tree, self._tool.reconcile, ear)
-                with self._hurry.step(self._settings.reconcile_timeout) as self._reconciling:
+                with self._hurry.step(self._settings.reconcile_timeout) as self._giving_up:
                     if self._is_unwanted(until):  # since before it could be told
-                        self._reconciling.cancel()
-                    await _first_of(child.wait, *(() if until is None else (until.wait,)))
+                        self._giving_up.cancel()
+                    await first_of(child.wait, *(() if until is None else (until.wait,)))
                 status = child.status
-                given_up = status is None and trio.current_time() < self._reconciling.deadline
+                given_up = status is None and trio.current_time() < self._giving_up.deadline
             ear.close()
             self.survivors += tree.survivors
             trouble = GIVEN_UP if given_up else verdict.against(status)
         except SpawnError as error:
             trouble = str(error)
         finally:
-            self._reconciling = None
+            self._giving_up = None
         seconds = trio.current_time() - began
         self._emit(ReconcileFinished(ok=not trouble, seconds=seconds, reason=trouble))
         if trouble:
@@ -442,8 +498,32 @@ class IndexDriver:
             return True
         return self._facts.cancelled and not self._settings.reconcile_on_cancel
 
+    async def _wait_for_the_lock(self) -> None:
+        """Who has the lock may have a watch: no reconcile beside that."""
+        limit = self._settings.reconcile_timeout
+        self._apply(What.FAILED, f"waiting for whoever watches this workspace, at most {limit:g} s")
+        trouble = ""
+        try:
+            with self._hurry.step(limit) as self._giving_up:
+                if self._is_unwanted(None):
+                    self._giving_up.cancel()
+                while not await self._lock.take():  # noqa: ASYNC110  # another process has it, and tells nobody
+                    await trio.sleep(ASK_AGAIN)
+            if not self._lock.held:
+                early = trio.current_time() < self._giving_up.deadline
+                trouble = f"the wait for it {'was given up' if early else f'took more than {limit:g} s'}"
+        except OSError as error:
+            trouble = _unlockable(error)
+        finally:
+            self._giving_up = None
+        if trouble:
+            self._reason = trouble if trouble in self._reason else f"{self._reason}; {trouble}"
+            self._facts = self._facts.with_(locked_out=True)
+
     async def _settle(self) -> None:
         """The end, the same for every outcome of the agent."""
+        if ending(self._facts).reconcile and not self._lock.held:
+            await self._wait_for_the_lock()
         status = ending(self._facts).status
         reason = "" if status is IndexStatus.WATCH_TERMINATED else self._why_not_clean()
         if ending(self._facts).reconcile and (trouble := await self._reconcile(reason)):
@@ -464,6 +544,8 @@ class IndexDriver:
 
     def _why_not_clean(self) -> str:
         facts = self._facts
+        if not facts.alone:
+            return self._reason
         if not facts.level_before:
             return "the index was stale before the watch"
         if facts.crashes:
@@ -544,6 +626,10 @@ class IndexDriver:
             log.warning("cidx stop: %s", error)
 
 
+def _unlockable(error: OSError) -> str:
+    return f"the workspace cannot be locked: {error.strerror}"
+
+
 class _Ear:
     """Hears both outputs of a program by lines, to be closed when its tree is left: the last line may lack its end."""
 
@@ -567,7 +653,7 @@ async def _last_words(child: Child) -> None:
         await child.drained()
 
 
-async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
+async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
     """Return when the first of `waits` does; the others are cancelled."""
 
     async def run(wait: Callable[[], Awaitable[object]]) -> None:

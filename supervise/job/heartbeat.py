@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +32,12 @@ class Pulse(Protocol):
 
 @trio.lowlevel.enable_ki_protection
 async def beat(
-    job: Job, pulse: Pulse, trees: list[ProcessTree], directory: Path, interval: float, scope: trio.CancelScope
+    job: Job,
+    pulse: Pulse,
+    trees: Callable[[], Sequence[ProcessTree]],
+    directory: Path,
+    interval: float,
+    scope: trio.CancelScope,
 ) -> None:
     """Beat every `interval` seconds, until `scope` is cancelled: also while the job is being torn down.
 
@@ -41,7 +47,7 @@ async def beat(
     with scope:
         while True:
             try:  # without a free descriptor, not even /proc can be read; the job goes on all the same
-                heartbeat = _look(job, pulse, trees, trio.current_time() - began)
+                heartbeat = _look(job, pulse, trees(), trio.current_time() - began)
                 job._publish(heartbeat)
                 data = to_line({**event_to_json(heartbeat), "time": time.time(), "job_id": job.job_id})
                 await in_thread(_write, directory / HEARTBEAT, data)
@@ -54,7 +60,7 @@ def _write(path: Path, data: bytes) -> None:
     durable.replace(path, data, durable=False)
 
 
-def _look(job: Job, pulse: Pulse, trees: list[ProcessTree], uptime: float) -> Heartbeat:
+def _look(job: Job, pulse: Pulse, trees: Sequence[ProcessTree], uptime: float) -> Heartbeat:
     beats = [
         ProcessBeat(
             role=tree.role,

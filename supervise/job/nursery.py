@@ -2,11 +2,12 @@
 
     put the stale mark on the disk
     open the nursery
-        child 1: the index    levels what is stale, watches, and settles at the end
+        child 1: the index    this job's lease on the watch of the workspace, which lives in the supervisor's nursery:
+                              levels what is stale, watches, and settles when the last job leaves
         child 2: the heartbeat
         wait until the index says that the agent may start, at most `startup_timeout`
         child 3: the agent    when this child has ended, its tree is empty
-        tell the index that the agent is gone, and wait for its report
+        give the lease back, and wait for the report
     write the result
 
 A cancellation, by `job.cancel()` or of the caller's scope, reaches the agent and this body alone. Index and
@@ -25,25 +26,24 @@ from pathlib import Path
 from typing import cast
 
 import trio
-from attrs import evolve, frozen
+from attrs import frozen
 
 from supervise import durable
 from supervise.agents.claude import ClaudeAgent
 from supervise.agents.protocol import Agent
 from supervise.codec import to_json, to_line
 from supervise.events import Event, IndexChanged, JobStarted
-from supervise.index.cidx import INDEX_DIRECTORY, Cidx
-from supervise.index.stale import DiskMark, Stamper
-from supervise.index.watch import Index, IndexDriver, NoIndex
+from supervise.index.cidx import INDEX_DIRECTORY
+from supervise.index.pool import Guest, Lease, WatchPool, Wish
+from supervise.index.watch import Index, NoIndex
 from supervise.job.agent_side import AgentSide, plain, told
 from supervise.job.environment import agent_environment, index_environment
 from supervise.job.handle import Job, JobState
 from supervise.job.heartbeat import beat
 from supervise.job.threads import in_thread
-from supervise.job.turns import JobTurn
+from supervise.job.turns import Turn
 from supervise.model import FailureKind, IndexReport, IndexStatus, JobResult, JobSpec, Outcome, StopPolicy, Survivor
 from supervise.processes.child import ProcessTree, TreeOptions, open_tree
-from supervise.processes.containment import Command
 from supervise.processes.hurry import Hurry
 from supervise.processes.output import Logs
 from supervise.processes.tiers import Containments
@@ -62,7 +62,7 @@ BY_SCOPE = "the caller's scope was cancelled"
 
 
 @trio.lowlevel.enable_ki_protection
-async def run(job: Job, shared: Shared, directory: Path, turn: JobTurn, *, with_index: bool) -> None:
+async def run(job: Job, shared: Shared, directory: Path, turn: Turn, *, with_index: bool) -> None:
     """Run a job to its end. Its result is in `job` and in `directory` on every road out.
 
     Args:
@@ -90,8 +90,8 @@ async def run(job: Job, shared: Shared, directory: Path, turn: JobTurn, *, with_
         result = _result(job, parts, bug, began, trio.current_time() - clock)
         with trio.CancelScope(shield=True):
             if parts is not None:
-                await in_thread(parts.logs.close)
                 parts.give_back()
+                await in_thread(parts.logs.close)
             await _write(directory / RESULT, result)
         turn.end()
         job._finish(result)
@@ -103,7 +103,7 @@ async def live(job: Job, parts: Parts) -> None:
     job._enter(JobState.STARTING)
     index, agent = parts.index, parts.agent_side
     beating = trio.CancelScope(shield=True)
-    beats = (job, agent, parts.trees, parts.directory, parts.settings.heartbeat_interval, beating)
+    beats = (job, agent, parts.all_trees, parts.directory, parts.settings.heartbeat_interval, beating)
     await index.mark(job.job_id)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(parts.run_index, name="index")
@@ -135,10 +135,11 @@ async def live(job: Job, parts: Parts) -> None:
 
 @frozen
 class Shared:
-    """What all jobs of a supervisor share: bounds, and what holds their processes."""
+    """What all jobs of a supervisor share: bounds, what holds their processes, and the watches."""
 
     settings: Settings
     containments: Containments
+    watches: WatchPool
 
 
 class Parts:
@@ -184,12 +185,22 @@ class Parts:
         )
         self.startup_timeout = index_settings.startup_timeout if index_settings else 0.0
         self.index: Index = NoIndex()
+        self._lease: Lease | None = None
         if index_settings is not None and with_index:
-            self.index = self._index(index_settings, index_env)
+            wish = Wish(workspace=os.path.realpath(spec.workspace), settings=index_settings, user=spec.user)
+            guest = Guest(directory=directory, env=index_env, masker=self.masker, emit=self._emit, hurry=job._hurry)
+            # The last thing here: from now on, it is to be given back.
+            self.index = self._lease = shared.watches.join(wish, guest)
 
     def give_back(self) -> None:
         """What the job had for itself of what all jobs share."""
+        if self._lease is not None:
+            self._lease.abandon()
         self._containments.job_ended(self._job.job_id)
+
+    def all_trees(self) -> tuple[ProcessTree, ...]:
+        """Those of the job, and those that it shares."""
+        return (*self.trees, *(self._lease.trees if self._lease else ()))
 
     def introduction(self) -> JobStarted:
         """The job's first event."""
@@ -203,19 +214,16 @@ class Parts:
     @asynccontextmanager
     @trio.lowlevel.enable_ki_protection
     async def open_tree(self, role: str, policy: StopPolicy, hurry: Hurry) -> AsyncIterator[ProcessTree]:
-        """A tree of this job; the heartbeat sees it, and its survivors are kept."""
+        """A tree of the agent; the heartbeat sees it, and its survivors are kept."""
         tree: ProcessTree | None = None
         try:
-            # What git says of the workspace is no output of the job.
-            options = evolve(self._options, logs=None) if role == "stamp" else self._options
-            async with open_tree(role, policy, hurry, options=options, emit=self._emit) as tree:
+            async with open_tree(role, policy, hurry, options=self._options, emit=self._emit) as tree:
                 self.trees.append(tree)
                 yield tree
         finally:
             if tree is not None:
                 self.trees.remove(tree)
-                if role == "agent":
-                    self._agent_survivors += tree.survivors
+                self._agent_survivors += tree.survivors
 
     @trio.lowlevel.enable_ki_protection
     async def run_index(self) -> None:
@@ -268,32 +276,6 @@ class Parts:
             ended_at=time.time(),
             labels={mask(name): mask(text) for name, text in self._job.spec.labels.items()},
         )
-
-    def _index(self, settings: IndexSettings, env: dict[str, str]) -> IndexDriver:
-        spec = self._job.spec
-
-        def command(argv: tuple[str, ...]) -> Command:
-            return Command(argv=argv, cwd=str(spec.workspace), env=env, user=spec.user)
-
-        # git reads the workspace only: it gets no key.
-        git_env = {name: value for name, value in env.items() if name in ("PATH", "HOME")}
-
-        def outlived(survivors: tuple[Survivor, ...]) -> None:
-            driver.survivors += survivors
-
-        hurry = self._job._hurry
-        stamper = Stamper(spec.workspace, self.open_tree, git_env, spec.user, settings.command_timeout, hurry, outlived)
-        driver = IndexDriver(
-            tool=Cidx(settings.command),
-            settings=settings,
-            command=command,
-            open_tree=self.open_tree,
-            mark=DiskMark(self.settings.state_dir, spec.workspace, stamper),
-            emit=self._emit,
-            hurry=hurry,
-            kill_wait=self.settings.kill_wait,
-        )
-        return driver
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, IndexChanged):

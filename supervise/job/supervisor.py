@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -12,12 +13,14 @@ import trio
 
 from supervise import durable
 from supervise.errors import SettingsError, SpecError, SuperviseError
+from supervise.index.outfit import RealOutfit
+from supervise.index.pool import WatchPool
 from supervise.job import nursery as job_nursery
 from supervise.job.agent_side import plain
 from supervise.job.handle import Job
 from supervise.job.heartbeat import HEARTBEAT
 from supervise.job.threads import in_thread
-from supervise.job.turns import JobTurn, JobTurns
+from supervise.job.turns import Turn, Turns
 from supervise.model import JobResult, JobSpec, SweepReport
 from supervise.processes.session import require_platform
 from supervise.processes.sweep import sweep
@@ -31,7 +34,8 @@ __all__ = ["Supervisor", "open_job", "open_supervisor", "run_job"]
 class Supervisor:
     """Runs jobs, at most so many at a time. Made by `open_supervisor`.
 
-    Of jobs with an index, one at a time runs in each workspace; the next one waits for its end.
+    Jobs with an index share the watch of their workspace; the last one out ends it, and a job that comes meanwhile
+    waits for that, without a place.
 
     Attributes:
         settings: all bounds.
@@ -50,7 +54,8 @@ class Supervisor:
         self.swept = swept
         self._containments = containments
         self._nursery = nursery
-        self._turns = JobTurns(max_concurrent)
+        self._turns = Turns(max_concurrent)
+        self._watches = WatchPool(nursery, partial(RealOutfit, settings, containments), self._turns.admit)
         self._closed = False
         self._jobs: dict[str, Job] = {}
 
@@ -122,14 +127,15 @@ class Supervisor:
         job = Job(spec)
         self._jobs[spec.job_id] = job
         with_index = job_nursery.wants_index(self.settings, spec)
-        turn = self._turns.ask(os.path.realpath(spec.workspace) if with_index else None)
+        workspace = os.path.realpath(spec.workspace)
+        turn = self._turns.ask(lambda: not (with_index and self._watches.is_closing(workspace)))
         self._nursery.start_soon(self._run, job, directory, turn, with_index, name=f"supervise job {spec.job_id}")
         return job
 
     @trio.lowlevel.enable_ki_protection
-    async def _run(self, job: Job, directory: Path, turn: JobTurn, with_index: bool) -> None:
+    async def _run(self, job: Job, directory: Path, turn: Turn, with_index: bool) -> None:
         try:
-            shared = job_nursery.Shared(self.settings, self._containments)
+            shared = job_nursery.Shared(self.settings, self._containments, self._watches)
             await job_nursery.run(job, shared, directory, turn, with_index=with_index)
         finally:
             del self._jobs[job.job_id]

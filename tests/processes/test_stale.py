@@ -455,6 +455,57 @@ async def test_a_mark_does_not_grow_for_ever(workspace: Path, look: Look, monkey
     assert named_on(mark) == ["j3", "j4", "j5"]
 
 
+async def test_of_the_names_on_a_full_mark_ours_go_first(
+    workspace: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stale, "MOST_JOBS", 3)
+    other, ours = mark_of(workspace, look), mark_of(workspace, look)
+    await other.set("other")
+    for number in range(5):
+        await ours.set(f"j{number}")
+    assert named_on(ours) == ["other", "j3", "j4"]
+    await ours.clear(await ours.stamp(), None)
+    assert named_on(ours) == ["other"]
+    other.release()
+    ours.release()
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+async def test_jobs_that_share_a_mark_are_settled_together(workspace: Path, look: Look, leftover: bool) -> None:
+    if leftover:
+        await mark_of(workspace, look).set("j0")
+    shared, other = mark_of(workspace, look), mark_of(workspace, look)
+    assert bool(await shared.set("one")) == leftover
+    await other.set("other")
+    assert await shared.set("two") == ""
+    assert named_on(shared)[-3:] == ["one", "other", "two"]
+    await shared.clear(await shared.stamp(), None)
+    assert named_on(shared) == ["other"]
+    shared.release()
+    await other.clear(await other.stamp(), None)
+    other.release()
+    assert named_on(other) == []
+
+
+async def test_a_name_more_that_the_disk_refuses_loses_nothing(
+    workspace: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    shared = mark_of(workspace, look)
+    await shared.set("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "replace", full)
+        with pytest.raises(OSError):
+            await shared.set("two")
+    assert named_on(shared) == ["one"]
+    other = mark_of(workspace, look)
+    assert (await other.set("other")).startswith("job one may be at work here")  # the hold is still there
+    shared.release()
+    other.release()
+
+
 async def test_many_jobs_at_once_lose_no_name(workspace: Path, look: Look) -> None:
     marks = [mark_of(workspace, look) for _ in range(8)]
     async with trio.open_nursery() as nursery:
@@ -546,9 +597,10 @@ async def test_the_mark_is_on_the_disk_when_set_returns(
     stamp = await mark.stamp()
     for name in ("fsync", "rename", "unlink"):
         spy(name)
-    await mark.set("j1")
-    assert done == ["fsync", "rename", "fsync"]  # the file, its name, the directory
-    done.clear()
+    for job_id in ("j1", "j2"):  # one that joins is no less safe
+        await mark.set(job_id)
+        assert done == ["fsync", "rename", "fsync"]  # the file, its name, the directory
+        done.clear()
     await mark.clear(stamp, None)
     assert done == ["fsync", "rename", "fsync", "unlink", "fsync"]  # the record is safe before the mark goes
 

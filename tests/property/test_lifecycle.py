@@ -112,6 +112,8 @@ def test_any_word_of_events_walks_within_the_table(word: list[Event]) -> None:
 facts = st.builds(
     Facts,
     index=st.booleans(),
+    alone=st.booleans(),
+    locked_out=st.booleans(),
     level_before=st.booleans(),
     ready_in_time=st.booleans(),
     crashes=st.integers(0, 4),
@@ -127,11 +129,13 @@ def plain_ending(f: Facts) -> tuple[bool, IndexStatus]:
     """(whether to reconcile, the status), row by row as the lifecycle is described to users."""
     if not f.index:
         return False, IndexStatus.NONE
-    if f.level_before and f.ready_in_time and not f.crashes and not f.errors and f.flushed:
+    if f.alone and f.level_before and f.ready_in_time and not f.crashes and not f.errors and f.flushed:
         return False, IndexStatus.WATCH_TERMINATED
     if f.cancelled and not f.reconcile_on_cancel:
         return False, IndexStatus.STALE
     if not f.fallback:
+        return False, IndexStatus.FAILED
+    if f.locked_out:
         return False, IndexStatus.FAILED
     return True, IndexStatus.READY_VIA_FALLBACK
 
@@ -151,16 +155,18 @@ def test_the_ending_is_the_first_that_matches(f: Facts) -> None:
         (Facts(level_before=True, ready_in_time=True, flushed=True, cancelled=True, fallback=False), "clean"),
         (Facts(cancelled=True, fallback=False), "cancelled"),
         (Facts(fallback=False), "fallback off"),
+        (Facts(alone=False, locked_out=True), "locked out"),
+        (Facts(alone=False, cancelled=True, locked_out=True), "cancelled"),
         (Facts(cancelled=True, reconcile_on_cancel=True), "otherwise"),
     ],
 )
 def test_every_ending_has_its_case(f: Facts, name: str) -> None:
     assert ending(f).name == name
-    assert [end.name for end in ENDS] == ["no index", "clean", "cancelled", "fallback off", "otherwise"]
+    assert [end.name for end in ENDS] == ["no index", "clean", "cancelled", "fallback off", "locked out", "otherwise"]
 
 
 @settings(deadline=None)
-@given(facts, st.sampled_from(["level_before", "ready_in_time", "flushed"]))
+@given(facts, st.sampled_from(["alone", "level_before", "ready_in_time", "flushed"]))
 def test_one_doubt_is_enough(f: Facts, doubt: str) -> None:
     assert not f.with_(**{doubt: False}).clean
     assert not f.with_(crashes=f.crashes + 1).clean

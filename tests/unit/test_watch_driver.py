@@ -15,12 +15,26 @@ from attrs import evolve, fields
 from supervise.events import Event, IndexChanged, IndexOutput, ReconcileFinished
 from supervise.index.cidx import Cidx
 from supervise.index.lifecycle import State
-from supervise.index.watch import LAST_WORDS, IndexDriver
+from supervise.index.watch import ASK_AGAIN, LAST_WORDS, NOT_ALONE, IndexDriver
 from supervise.model import ExitStatus, IndexReport, IndexStatus
 from supervise.processes.containment import Command
 from supervise.processes.hurry import Hurry
 from supervise.settings import IndexSettings
-from tests.index_fakes import BAD, NEVER, OK, READY, Act, Drive, FakeMark, FakeTrees, Plan, World, drive
+from tests.index_fakes import (
+    BAD,
+    NEVER,
+    OK,
+    READY,
+    Act,
+    Drive,
+    FakeLock,
+    FakeMark,
+    FakeTrees,
+    FakeValidation,
+    Plan,
+    World,
+    drive,
+)
 
 SEGV = ExitStatus(signal="SIGSEGV")
 DEFAULTS = IndexSettings()
@@ -374,6 +388,110 @@ def test_a_workspace_whose_state_cannot_be_told_is_stale_next_time() -> None:
     assert run.mark.stale
 
 
+# --- the lock of the workspace -----------------------------------------------------------------------------
+
+
+def test_the_lock_is_held_from_before_the_first_look_until_the_index_is_settled() -> None:
+    for run in (job(), job(NEVER_READY), job(before="marked"), job(NEVER_READY, FAILS), job(cancels=(0.5,))):
+        assert run.lock.history == [(0.0, "taken"), (run.ended, "released")]
+
+
+@pytest.mark.parametrize("before", ["level", "marked"])
+def test_without_the_lock_there_is_nothing_until_the_end_and_then_a_reconcile(before: str) -> None:
+    run = job(locked_until=5.0, before=before)
+    assert run.agent_began == 0.0
+    assert run.trees.order == ["index"]
+    assert run.reconciles(after_agent=True)[0].began == run.stop_asked == 10.0
+    assert outcome(run) == VIA_FALLBACK
+    assert run.report.reason == NOT_ALONE
+    assert run.live[0] == ("Failed", "failed", "stale")
+
+
+def test_the_reconcile_waits_for_the_lock() -> None:
+    run = job(locked_until=60.0)
+    assert run.reconciles(after_agent=True)[0].began == pytest.approx(60.0, abs=ASK_AGAIN)
+    assert outcome(run) == VIA_FALLBACK
+    waits = [event.reason for event in run.events if isinstance(event, IndexChanged) and "waiting" in event.reason]
+    assert waits == ["waiting for whoever watches this workspace, at most 600 s"]
+    assert run.lock.history[-1] == (run.ended, "released")
+
+
+def test_a_lock_that_is_not_to_be_had_within_the_reconcile_timeout() -> None:
+    run = job(locked_until=NEVER, reconcile_timeout=60.0)
+    assert run.ended == pytest.approx(70.0)
+    assert outcome(run) == FAILED
+    assert run.report.reason == f"{NOT_ALONE}; the wait for it took more than 60 s"
+    assert run.trees.order == []
+
+
+def test_a_cancelled_job_does_not_wait_for_the_lock() -> None:
+    for cancelled in (5.0, 30.0):
+        run = job(locked_until=NEVER, cancels=(cancelled,))
+        assert run.ended == cancelled
+        assert outcome(run) == STALE
+
+
+def test_a_second_cancel_ends_the_wait_that_the_first_did_not() -> None:
+    run = job(locked_until=NEVER, cancels=(30.0, 31.0), reconcile_on_cancel=True)
+    assert run.ended == 31.0
+    assert outcome(run) == FAILED
+    assert run.report.reason == f"{NOT_ALONE}; the wait for it was given up"
+
+
+def test_without_fallback_nobody_waits_for_the_lock() -> None:
+    run = job(locked_until=NEVER, fallback_to_reconcile=False)
+    assert run.ended == 10.0
+    assert outcome(run) == FAILED
+    assert run.report.reason == NOT_ALONE
+
+
+def test_a_lock_that_cannot_be_asked_for() -> None:
+    run = job(lock_fails=True)
+    assert (run.agent_began, run.ended) == (0.0, 10.0)
+    assert outcome(run) == FAILED
+    assert run.report.reason == "the workspace cannot be locked: Too many open files"
+    assert run.trees.order == []
+
+
+# --- what is remembered of fix-config ----------------------------------------------------------------------
+
+
+def test_fix_config_is_skipped_where_it_is_known_to_be_good() -> None:
+    run = job(validated=True)
+    assert run.trees.order == ["start", "watch"]
+    assert outcome(run) == CLEAN
+    assert run.validation.good
+
+
+def test_a_good_fix_config_and_a_watch_that_was_ready_are_remembered() -> None:
+    assert job().validation.good
+    assert job(cancels=(5.0,)).validation.good
+
+
+@pytest.mark.parametrize(
+    ("watch", "fix"),
+    [
+        (WATCH, Act(ends=0.1, status=BAD)),
+        (NEVER_READY, Act(ends=0.1)),
+        (NO_INDEX, Act(ends=0.1)),
+        (HANDS_OVER, Act(ends=0.1)),
+        (CRASHES, Act(ends=0.1)),
+        (Act(refuses="not found"), Act(ends=0.1)),
+    ],
+)
+def test_anything_less_is_not(watch: Act, fix: Act) -> None:
+    assert not job(watch, fix_config=fix).validation.good
+
+
+@pytest.mark.parametrize("watch", [NEVER_READY, NO_INDEX, HANDS_OVER, CRASHES, Act(refuses="not found")])
+def test_it_is_forgotten_when_the_watch_did_not_come_up_or_crashed(watch: Act) -> None:
+    assert not job(watch, validated=True).validation.good
+
+
+def test_it_is_not_forgotten_for_a_job_that_ends_before_the_watch_is_up() -> None:
+    assert job(cancels=(0.5,), validated=True).validation.good
+
+
 # --- crashes -----------------------------------------------------------------------------------------------
 
 
@@ -592,6 +710,8 @@ def test_nobody_waits_for_ever_if_the_last_event_cannot_be_told() -> None:
             command=lambda argv: Command(argv=argv, cwd="/w", env={}),
             open_tree=FakeTrees(world=world),
             mark=mark,
+            lock=FakeLock(),
+            validation=FakeValidation(),
             emit=None,
             hurry=hurry,
         )
