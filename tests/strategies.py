@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -96,6 +97,7 @@ exit_statuses = st.builds(ExitStatus, code=st.integers(0, 255)) | st.sampled_fro
     lambda number: ExitStatus.of_signal(number)
 )
 usages = of(Usage)
+_BY_TYPE[Usage] = usages
 survivors = of(Survivor)
 leftovers = of(Leftover)
 sweep_reports = of(
@@ -167,4 +169,53 @@ def events_of(cls: type[Event]) -> st.SearchStrategy[Any]:
 #: Events of every class.
 events: st.SearchStrategy[Event] = st.sampled_from(sorted(EVENT_TYPES)).flatmap(
     lambda name: events_of(EVENT_TYPES[name])
+)
+
+# --- tasks of a worker -----------------------------------------------------------------------------------------
+
+#: What may be said of a task, so that it is one; few ids, so that they meet.
+task_fields = st.fixed_dictionaries(
+    {"task_id": st.sampled_from(["a", "a.b", "a-1", "B"]), "description": st.sampled_from(["d", "\u00fc\n"])},
+    optional={
+        "priority": st.integers(-3, 3) | st.sampled_from(["low", "normal", "high", "urgent"]),
+        "dependencies": st.lists(st.sampled_from(["c", "d"]), max_size=2),
+        "colour": st.sampled_from([None, 1.5, {"deep": [[]]}, "\ud800"]),
+    },
+)
+
+#: What is no task: whole, and for good.
+no_tasks = st.sampled_from(
+    [
+        {"description": "it has no id"},
+        {"task_id": "a"},
+        {"task_id": "../a", "description": "d"},
+        {"task_id": "a", "description": "d", "priority": "soon"},
+        {"task_id": "a", "description": "d", "max_attempts": 0},
+        {"task_id": "a", "description": "d", "worker": "somebody else"},
+        {"task_id": "a", "description": "d", "_supervise": {"attempts": 3}},
+    ]
+)
+
+
+@attrs.frozen
+class Dropped:
+    """A file that somebody puts into tasks/."""
+
+    name: str
+    fields: dict[str, Any]
+    is_valid: bool
+    torn: bool = False
+
+    def data(self, serial: int) -> bytes:
+        """Its bytes, which are of no other file."""
+        whole = json.dumps({**self.fields, "serial": serial}).encode()
+        return whole[:-1] if self.torn else whole
+
+
+file_names = st.sampled_from(["a.json", "B.json", "x.json", "a~2.json", "a~retry.json", "\u00e9 \n.json", "a.b.json"])
+dropped_tasks = st.one_of(
+    st.builds(Dropped, name=file_names, fields=task_fields, is_valid=st.just(True)),
+    st.builds(Dropped, name=file_names, fields=task_fields, is_valid=st.just(True)),
+    st.builds(Dropped, name=file_names, fields=no_tasks, is_valid=st.just(False)),
+    st.builds(Dropped, name=file_names, fields=task_fields, is_valid=st.just(False), torn=st.just(True)),
 )

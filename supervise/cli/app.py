@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -312,7 +313,7 @@ def submit(
         "workspace": None if workspace is None else os.path.abspath(workspace),
         "timeout": timeout,
         "max_attempts": max_attempts,
-        "not_before": not_before,
+        "not_before": _seconds(not_before),
         "metadata": dict(_pairs(metadata, "--metadata")) or None,
     }
     told = {name: value for name, value in fields.items() if value is not None}
@@ -497,7 +498,12 @@ def _pairs(pairs: list[str] | None, option: str) -> Iterator[tuple[str, str]]:
 
 def _whole(text: str | None) -> int | str | None:
     """A number where it is one; else the word, for whoever knows what words there are."""
-    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+    return int(text) if text is not None and re.fullmatch(r"[-+]?[0-9]{1,9}", text) else text
+
+
+def _seconds(text: str | None) -> float | str | None:
+    """Likewise, of a moment."""
+    return float(text) if text is not None and re.fullmatch(r"[-+]?[0-9]{1,15}(\.[0-9]*)?", text) else text
 
 
 def _some(names: list[str] | None) -> list[str]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from supervise.cli import exit_codes
 from supervise.cli.stdout import Stdout
+from supervise.cli.streams import SPELL
 from supervise.cli.tasks import root_of
 from supervise.cli.view import say
 from supervise.codec import to_line
 from supervise.dispatch.dead_letters import DeadLetter, DeadLetters
-from supervise.errors import SuperviseError
+from supervise.errors import SettingsError, SuperviseError
 from supervise.settings import Settings
 
 #: Of a table that no terminal bounds, in characters.
@@ -25,8 +28,7 @@ async def list_all(settings: Settings, worker: str | None, json: bool, *, consol
     """A table of the dead letters; with `json`, an object a line."""
     letters = DeadLetters(root_of(settings), worker).all()
     if json:
-        await Stdout(1, lambda: None).text(b"".join(to_line(_told(letter)) for letter in letters))
-        return exit_codes.COMPLETED
+        return await _put_out(b"".join(to_line(_told(letter)) for letter in letters))
     table = Table(box=None, pad_edge=False)
     for column in ("name", "worker", "reason", "since", "tries"):
         table.add_column(column, overflow="fold")
@@ -34,19 +36,24 @@ async def list_all(settings: Settings, worker: str | None, json: bool, *, consol
     for letter in letters:
         record = letter.record
         attempts = record.get("attempts")
-        table.add_row(
+        cells = (
             letter.name,
             letter.worker,
-            str(record.get("dlq_reason", "?")),
+            record.get("dlq_reason", "?"),
             str(record.get("dlq_timestamp", "?"))[:19],
-            str(len(attempts) if isinstance(attempts, list) else 0),
-            _printable(str(record.get("dlq_detail", ""))),
+            len(attempts) if isinstance(attempts, list) else 0,
+            record.get("dlq_detail", ""),
         )
+        table.add_row(*(Text(_printable(str(cell))) for cell in cells))  # as it is: rich takes brackets for markup
     if letters:
         out = Console()
         if not out.is_terminal:  # whoever reads it there cuts it by himself
             out = Console(width=WIDE)
-        out.print(table)
+        with out.capture() as drawn:
+            out.print(table)
+        code = await _put_out(drawn.get().encode(out.encoding, SPELL))
+        if code != exit_codes.COMPLETED:
+            return code
     say(console, f"supervise: {len(letters)} dead letter{'' if len(letters) == 1 else 's'}", "dim")
     return exit_codes.COMPLETED
 
@@ -55,37 +62,63 @@ async def show(settings: Settings, names: list[str], worker: str | None, *, cons
     """The whole records."""
     for letter in DeadLetters(root_of(settings), worker).named(names):
         text = json_module.dumps(_told(letter), indent=2, ensure_ascii=True)
-        await Stdout(1, lambda: None).text(text.encode() + b"\n")
+        code = await _put_out(text.encode() + b"\n")
+        if code != exit_codes.COMPLETED:
+            return code
     return exit_codes.COMPLETED
+
+
+async def _put_out(data: bytes) -> int:
+    """On standard output; the exit code, which tells of a reader who has gone away."""
+    stdout = Stdout(1, lambda: None)
+    await stdout.text(data)
+    return exit_codes.BROKEN_PIPE if stdout.closed else exit_codes.COMPLETED
 
 
 async def retry(settings: Settings, names: list[str], worker: str | None, every: bool, *, console: Console) -> int:
     """Put dead letters back into tasks/."""
     letters = DeadLetters(root_of(settings), worker)
-    for letter in _chosen(letters, names, every):
-        path = letters.retry(letter)
-        say(console, f"supervise: {letter.name} waits again: {path}")
-    return exit_codes.COMPLETED
+
+    def put_back(letter: DeadLetter) -> None:
+        say(console, f"supervise: {letter.name} waits again: {letters.retry(letter)}")
+
+    return _each(_chosen(letters, names, every), put_back, console)
 
 
 async def drop(settings: Settings, names: list[str], worker: str | None, every: bool, *, console: Console) -> int:
     """Remove dead letters for good."""
     letters = DeadLetters(root_of(settings), worker)
-    for letter in _chosen(letters, names, every):
+
+    def remove(letter: DeadLetter) -> None:
         letters.drop(letter)
         say(console, f"supervise: {letter.name} is removed")
-    return exit_codes.COMPLETED
+
+    return _each(_chosen(letters, names, every), remove, console)
+
+
+def _each(letters: list[DeadLetter], do: Callable[[DeadLetter], None], console: Console) -> int:
+    """One that cannot be seen to keeps no other from it."""
+    code = exit_codes.COMPLETED
+    for letter in letters:
+        try:
+            do(letter)
+        except SuperviseError as error:
+            say(console, f"supervise: {letter.name}: {error}", "red")
+            code = exit_codes.FAILED
+    return code
 
 
 def _chosen(letters: DeadLetters, names: list[str], every: bool) -> list[DeadLetter]:
     if every == bool(names):
-        raise SuperviseError("name dead letters, or give --all; supervise dlq list tells which there are")
+        raise SettingsError("name dead letters, or give --all; supervise dlq list tells which there are")
     return letters.all() if every else letters.named(names)
 
 
 def _told(letter: DeadLetter) -> dict[str, Any]:
+    """The record as a whole: a task may have any keys of its own."""
     raw = {} if letter.raw is None else {"raw": str(letter.raw)}
-    return {**letter.record, "name": letter.name, "worker": letter.worker, "record": str(letter.path), **raw}
+    told = {"name": letter.name, "worker": letter.worker, "file": str(letter.path), **raw}
+    return {**told, "record": dict(letter.record)}
 
 
 def _printable(text: str) -> str:

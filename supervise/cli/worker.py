@@ -14,7 +14,6 @@ from supervise.cli import exit_codes
 from supervise.cli.signals import Signals
 from supervise.cli.stdout import Stdout
 from supervise.cli.view import COLOURS, say, seen
-from supervise.codec import event_to_json, to_line
 from supervise.dispatch.worker import Worker, open_worker
 from supervise.events import Event, WorkerChanged
 from supervise.job.bus import Subscription
@@ -32,17 +31,21 @@ async def run(name: str, settings: Settings, json: bool, *, console: Console) ->
         console: where people look (standard error).
     """
     signals = Signals()
+    ending: Ending | None = None
     with ExitStack() as stack:
         stack.enter_context(signals.watch())
         emit = _metrics(settings, stack, console)
-        async with open_worker(name, settings=settings, emit=emit) as worker:
-            ending = Ending(worker)
-            signals.belong_to(ending)
-            say(console, f"supervise: worker {name} takes tasks from {worker.root / 'tasks' / name}", "dim")
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_show, worker, json, console)
-                await worker.stopped()
+        with signals.preparation:  # it may wait for its lock
+            async with open_worker(name, settings=settings, emit=emit) as worker:
+                ending = Ending(worker)
+                signals.belong_to(ending)
+                say(console, f"supervise: worker {name} takes tasks from {worker.root / 'tasks' / name}", "dim")
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_show, worker, json, console)
+                    await worker.stopped()
     await seen(console)
+    if ending is None:  # a signal came before there was anything to drain
+        return exit_codes.COMPLETED
     if ending.step > 1 and signals.ended_by is not None:
         return exit_codes.of_signal(signals.ended_by)
     return exit_codes.FAILED if worker.put_back else exit_codes.COMPLETED
@@ -79,17 +82,10 @@ def _metrics(settings: Settings, stack: ExitStack, console: Console) -> Callable
 async def _show(worker: Worker, json: bool, console: Console) -> None:
     stdout = Stdout(1, lambda: None)
     async with worker.subscribe() as events:
-        if json:
-            await _json(events, stdout)
+        if json:  # a reader who goes away, or takes nothing, keeps no task from its work
+            await stdout.json_lines(events)
         else:
             await _lines(events, console)
-
-
-async def _json(events: Subscription, stdout: Stdout) -> None:
-    """A reader who goes away, or takes nothing, keeps no task from its work."""
-    async for event in events:
-        if not await stdout.text(to_line(event_to_json(event))):
-            return
 
 
 async def _lines(events: Subscription, console: Console) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -48,38 +49,54 @@ class DeadLetters:
         worker: whose; `None` for all.
 
     Raises:
-        SuperviseError: there is no such directory.
+        SuperviseError: there is no such directory, or it may not be read.
     """
 
     def __init__(self, root: Path, worker: str | None = None) -> None:
         self._root = root
         directory = root / "dlq"
-        if not directory.is_dir():
-            raise SuperviseError(f"{directory} is not there: no worker has run under this root; name another (--root)")
-        if worker is not None and not (directory / worker).is_dir():
-            there = ", ".join(sorted(os.listdir(directory))) or "none"
-            raise SuperviseError(f"no worker {worker!r} has run under {root}; there are: {there}")
-        self._directories = [directory / worker] if worker else [d for d in sorted(directory.iterdir()) if d.is_dir()]
+        with _told():
+            if not directory.is_dir():
+                raise SuperviseError(
+                    f"{directory} is not there: no worker has run under this root; name another (--root)"
+                )
+            self._directories = [path for path in sorted(directory.iterdir()) if path.is_dir()]
+        if worker is not None:
+            there = ", ".join(path.name for path in self._directories) or "none"
+            self._directories = [path for path in self._directories if path.name == worker]
+            if not self._directories:
+                raise SuperviseError(f"no worker {worker!r} has run under {root}; there are: {there}")
 
     def all(self) -> list[DeadLetter]:
-        """All, the oldest first."""
+        """All, the oldest first. Raises SuperviseError where they may not be read."""
         found: list[DeadLetter] = []
         for directory in self._directories:
-            for path in directory.glob("*.json"):
+            with _told():
+                names = [name for name in os.listdir(directory) if name.endswith(".json") and not name.startswith(".")]
+            for path in (directory / name for name in names):
                 raw = path.with_suffix(".raw")
-                there = raw if os.path.lexists(raw) else None
-                letter = DeadLetter(worker=directory.name, name=path.stem, path=path, record=_record(path), raw=there)
-                found.append(letter)
+                record, there = _record(path), raw if os.path.lexists(raw) else None
+                if record is not None:
+                    found.append(DeadLetter(worker=directory.name, name=path.stem, path=path, record=record, raw=there))
         return sorted(found, key=lambda letter: (str(letter.record.get("dlq_timestamp", "")), letter.name))
 
     def named(self, names: Iterable[str]) -> list[DeadLetter]:
-        """Those of these names or task ids. Raises SuperviseError for one that is not there."""
+        """Those of these names or task ids.
+
+        Raises:
+            SuperviseError: one is not there, or several workers have one.
+        """
         letters, found = self.all(), list[DeadLetter]()
         for name in names:
             of_name = [letter for letter in letters if name == letter.name]
             of_name = of_name or [letter for letter in letters if name == letter.task_id]
             if not of_name:
                 raise SuperviseError(f"there is no dead letter {name!r}; supervise dlq list tells which there are")
+            workers = sorted({letter.worker for letter in of_name})
+            if len(workers) > 1:
+                raise SuperviseError(
+                    f"workers {', '.join(workers)} have dead letters {name!r}; say which one is meant (--worker)"
+                )
             found += [letter for letter in of_name if letter not in found]
         return found
 
@@ -87,36 +104,54 @@ class DeadLetters:
         """Put it back into tasks/: one rename. What was no task goes back as it came. Returns where it is now.
 
         Raises:
-            SuperviseError: the name is taken there, or it is no dead letter any more.
+            SuperviseError: the name is taken there, it is no dead letter any more, or the disk refuses.
         """
         tasks = self._root / "tasks" / letter.worker
         new = tasks / f"{letter.name}.json"
+        if not tasks.is_dir():
+            raise SuperviseError(f"{tasks} is not there: start the worker {letter.worker} first, which makes it")
         if os.path.lexists(new):
             raise SuperviseError(f"{new} is there already; wait until it is done, or remove it")
         try:
-            if letter.raw is not None:
-                # First the record: bytes without one are put back by the worker's next start in any case.
-                letter.path.unlink()
-                letter.raw.rename(new)
-            else:
-                letter.path.rename(new)
+            with _told():
+                if letter.raw is not None:
+                    # First the record: bytes without one are put back by the worker's next start in any case.
+                    letter.path.unlink()
+                    letter.raw.rename(new)
+                else:
+                    letter.path.rename(new)
+                durable.sync_directory(tasks)
         except FileNotFoundError as error:
             raise SuperviseError(f"{error.filename} is gone: somebody else has seen to the dead letter") from None
-        durable.sync_directory(tasks)
         return new
 
     def drop(self, letter: DeadLetter) -> None:
-        """Remove it for good, its bytes first."""
-        if letter.raw is not None:
-            if letter.raw.is_dir() and not letter.raw.is_symlink():
-                raise SuperviseError(f"{letter.raw} is a directory; look what is in it, and remove it by hand")
-            letter.raw.unlink(missing_ok=True)
-        letter.path.unlink(missing_ok=True)
+        """Remove it for good, its bytes first. Raises SuperviseError where the disk refuses."""
+        with _told():
+            if letter.raw is not None:
+                if letter.raw.is_dir() and not letter.raw.is_symlink():
+                    raise SuperviseError(f"{letter.raw} is a directory; look what is in it, and remove it by hand")
+                letter.raw.unlink(missing_ok=True)
+            letter.path.unlink(missing_ok=True)
 
 
-def _record(path: Path) -> dict[str, Any]:
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the disk refuses, as an error of ours; but not that a file is gone."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SuperviseError(f"{error.filename or 'a dead letter'}: {error.strerror}") from None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """None if it is gone since it was listed."""
     try:
         record = loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -170,7 +170,7 @@ class DirectorySource:
             try:
                 started = False
                 while True:
-                    self._watch()
+                    await self._watch()
                     over = False
                     await self._look_through()
                     if not started:
@@ -213,7 +213,7 @@ class DirectorySource:
         halves = [until for _, until in self._halves.values() if not self.trouble]
         return min([self.looked + self._interval(), *halves])
 
-    def _watch(self) -> None:
+    async def _watch(self) -> None:
         """Get hints, if they can be had."""
         self._watching.close()
         self._watching = Polling()
@@ -221,7 +221,8 @@ class DirectorySource:
         note = f"{self._spool.tasks} lies on {remote}, where nobody tells of changes: it is polled" if remote else ""
         if not remote:
             try:
-                self._watching = Inotify(self._spool.tasks)
+                # In a thread: to find the C library, Python may run a program.
+                self._watching = await in_thread(Inotify, self._spool.tasks)
             except FileNotFoundError:
                 note = f"{self._spool.tasks} is gone: it is made anew"
             except OSError as error:
@@ -295,8 +296,12 @@ class DirectorySource:
                 self._halves.pop(name, None)
                 other = self._names.get(seen.task_id, name)
                 if other != name:
-                    reason = f"the task id {seen.task_id!r} is taken: {other!r} waits under it; choose another"
-                    return await self._quarantine(Bad(name, reason, seen.task_id))
+                    # One that has attempts behind it was there first, whichever was looked at first.
+                    first, second = (name, other) if seen.attempts > self._offers[other].attempts else (other, name)
+                    reason = f"the task id {seen.task_id!r} is taken: {first!r} waits under it; choose another"
+                    trouble = await self._quarantine(Bad(second, reason, seen.task_id))
+                    if trouble or second == name:
+                        return trouble
                 offer = evolve(seen, not_before=self._believable(seen))
                 if self._offers.get(name) != offer:
                     self._forget(name)

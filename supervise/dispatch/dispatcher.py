@@ -125,7 +125,9 @@ class Dispatcher:
         self._backlog = Backlog()
         self._places = max_concurrent
         self._woken = trio.Event()
+        self._unasked: set[str] = set()  # ids of dependencies, of which the source could not say whether they are done
         self._attempts = trio.CancelScope()
+        self._pause_ends = 0.0  # on Trio's clock
         self._bad_luck = 0  # claims and jobs in a row that could not even begin
 
     # --- for the worker -----------------------------------------------------------------------------------
@@ -187,7 +189,8 @@ class Dispatcher:
                     self.turns += 1
                     self._turned.set()
                     self._turned = trio.Event()
-                    with trio.move_on_after(self._pause(now, clock)):
+                    pause = min(self._pause(now, clock), LONGEST_PAUSE if self._unasked else math.inf)
+                    with trio.move_on_after(pause):
                         await self._woken.wait()
 
     async def _see_to_the_dead(self) -> None:
@@ -212,7 +215,7 @@ class Dispatcher:
 
     async def _take_in(self) -> None:
         """Take note of what the source tells."""
-        wanted: set[str] = set()
+        wanted = self._unasked
         for each in self._source.news():
             match each:
                 case Arrived(offer):
@@ -226,10 +229,11 @@ class Dispatcher:
         if wanted:
             try:
                 found = await self._source.completed(wanted)
-            except SourceTrouble as error:  # they stay blocked until the source tells of them
+            except SourceTrouble as error:  # they stay blocked until the source tells of them, or answers
                 self._trouble("dependencies", error)
             else:
                 self._mended("dependencies")
+                self._unasked = set()
                 for task_id in found:
                     self._backlog.completed(task_id)
 
@@ -245,7 +249,8 @@ class Dispatcher:
             nursery.start_soon(self._attempt, offer, permit, name=f"task {offer.task_id}")
 
     def _is_paused(self, now: float) -> bool:
-        return now < self.paused_until
+        """By both clocks: the one on the wall may be set back, the other stands still while the machine sleeps."""
+        return now < self.paused_until and trio.current_time() < self._pause_ends
 
     def _pause(self, now: float, clock: float) -> float:
         """How long nothing will happen by itself, in seconds. For ever, for a worker that has nothing to do."""
@@ -342,6 +347,7 @@ class Dispatcher:
                 result = await self._executor.execute(spec, lambda event: self._observe(claim.task, event))
             except Exception as error:
                 trouble = error
+            nursery.cancel_scope.shield = True  # what came of the job is not lost to a cancellation of this moment
             nursery.cancel_scope.cancel()
         if lost is not None and result is None:
             log.error("%s", lost)
@@ -403,6 +409,7 @@ class Dispatcher:
                     self._emit(TaskBuried(**names, **spent, reason=reason, detail=attempt.error))
             case Pause(until):
                 self.paused_until = max(self.paused_until, until)
+                self._pause_ends = max(self._pause_ends, trio.current_time() + until - now)
                 if await self._insist("put back", lambda: claim.retry(claim.attempts, until)):
                     self._emit(TaskPutBack(**names, reason=f"a quota is used up: {attempt.error}"))
 

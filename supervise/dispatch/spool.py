@@ -10,8 +10,8 @@
 A task is in exactly one of tasks, running, results and dlq, but for moments in which it is in two, and each of these
 moments is told apart at the next start (`recover`). A claim is one rename out of tasks. It ends by writing the new
 file (result, dead letter, or the task with its history) first and removing the running one then; the new file carries
-the claim's token (inode and time of change of the running file), so that a crash in between is no second attempt.
-Nothing is ever overwritten: a second task of an id that waits, runs or has a result is a dead letter.
+the claim's token (inode and time of the running file), so that a crash in between is no second attempt. Nothing is
+ever overwritten: a second task of an id that waits, runs or has a result is a dead letter.
 
 `~` is in no task id, so that the names that we make up are nobody else's.
 """
@@ -39,6 +39,8 @@ __all__ = ["Bad", "Gone", "Half", "Held", "Spool"]
 
 TASK: Final = ".json"
 RETRY: Final = "~retry"
+#: Of a task that we wrote for another attempt: with its history, and not as terse as it came.
+OWN_BYTES: Final = 16 * MAX_BYTES
 #: Before the umask: whoever may look into the directory may read what is in it.
 MODE: Final = 0o666
 _IN_HAND: Final = "in hand"
@@ -132,10 +134,20 @@ class Spool:
     # --- what is there ------------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
-        """The files in tasks/ that may be tasks: first those that we wrote, whose ids were theirs before anybody's."""
+        """The files in tasks/ that may be tasks, the oldest first.
+
+        But before them those that we wrote: their ids were theirs before anybody's.
+        """
+        found: list[tuple[bool, int, str]] = []
         with os.scandir(self.tasks) as entries:
-            found = [entry.name for entry in entries if is_task_name(entry.name)]
-        return sorted(found, key=lambda name: RETRY not in name)
+            for entry in entries:
+                if is_task_name(entry.name):
+                    try:
+                        age = entry.stat(follow_symlinks=False).st_mtime_ns
+                    except FileNotFoundError:
+                        continue
+                    found.append((RETRY not in entry.name, age, entry.name))
+        return [name for _, _, name in sorted(found)]
 
     def complete_at_birth(self, names: Iterable[str]) -> list[str]:
         """Those of the new files that nobody will close after writing: hard links, and what is no regular file.
@@ -161,7 +173,7 @@ class Spool:
             return read
         data, info = read
         try:
-            fields, attempts, at, claim = waited(fields_of(data))
+            fields, attempts, at, claim = waited(fields_of(data, most=OWN_BYTES))
             task = of_fields(fields)
         except Unfinished as error:
             return Half(name, (info.st_size, info.st_mtime_ns), str(error))
@@ -191,11 +203,15 @@ class Spool:
         if os.path.lexists(self.results / f"{task_id}.json"):
             return f"the task id {task_id!r} is taken: there is a result of it; choose another"
         try:
-            running = _token((self.running / f"{task_id}.json").lstat())
+            running = (self.running / f"{task_id}.json").lstat().st_ino
         except FileNotFoundError:
             return ""
         # `retry` is between its two steps, and tells of the file when it is done.
-        return _IN_HAND if running == claim else f"the task id {task_id!r} is taken: it is running; choose another"
+        return (
+            _IN_HAND
+            if claim.startswith(f"{running}-")
+            else f"the task id {task_id!r} is taken: it is running; choose another"
+        )
 
     def completed(self, task_ids: Iterable[str]) -> set[str]:
         """Those of the tasks that have completed, whichever worker did them."""
@@ -217,7 +233,7 @@ class Spool:
             (self.tasks / name).rename(running)
         except FileNotFoundError:
             if os.path.lexists(self.tasks / name):  # it is running/ that has gone
-                raise
+                raise _gone(self.running) from None
             return None
         try:
             durable.sync_directory(self.tasks)
@@ -269,7 +285,7 @@ class Spool:
             path.rename(raw)
         except FileNotFoundError:
             if os.path.lexists(path):  # it is dlq/ that has gone
-                raise
+                raise _gone(self.dlq) from None
             return False
         try:
             durable.sync_directory(self.tasks)
@@ -353,7 +369,7 @@ class Spool:
             inode = self._running(held).lstat().st_ino
         except FileNotFoundError:
             if not self.running.is_dir():  # all of it has gone, and may come back
-                raise
+                raise _gone(self.running) from None
             inode = -1
         # Not the time: whoever wrote the file may still have touched it.
         if inode != held.inode:
@@ -362,13 +378,19 @@ class Spool:
             )
 
     def _publish(self, path: Path, record: Mapping[str, Any]) -> None:
-        durable.replace(path, to_line(record), durable=True, mode=MODE)
+        try:
+            durable.replace(path, to_line(record), durable=True, mode=MODE)
+        except OSError as error:
+            error.filename = os.fspath(path)  # a write(2) does not know it, and the unfinished file is nobody's
+            error.filename2 = None
+            raise
 
     def _drop(self, held: Held) -> None:
         """The end is on the disk: should this not be, the next start does it."""
         self._running(held).unlink(missing_ok=True)
 
     def _put_back(self, path: Path, stem: str) -> str:
+        """Under this name if it is free. A second task of its id that is written under it at this moment is lost."""
         new = _free(self.tasks, stem)
         path.rename(new)
         durable.sync_directory(self.tasks)
@@ -381,7 +403,7 @@ class Spool:
             return None
         data, info = read
         try:
-            fields, attempts, _, _ = waited(fields_of(data))
+            fields, attempts, _, _ = waited(fields_of(data, most=OWN_BYTES))
             return Held(task=of_fields(fields), attempts=attempts, token=_token(info), inode=info.st_ino)
         except BadInput:
             return None
@@ -405,12 +427,13 @@ class Spool:
             if not stat.S_ISREG(info.st_mode):
                 return Bad(name, f"it is {_kind(info.st_mode)}, but must be a regular file")
             data = b""
-            while len(data) <= MAX_BYTES and info.st_size <= MAX_BYTES:
-                more = file.read(MAX_BYTES + 1 - len(data))
+            most = OWN_BYTES if RETRY in name or path.parent == self.running else MAX_BYTES
+            while len(data) <= most and info.st_size <= most:
+                more = file.read(most + 1 - len(data))
                 if not more:
                     return data, info
                 data += more
-        return Bad(name, f"it is larger than {MAX_BYTES} bytes; hand over a file's name instead of its content")
+        return Bad(name, f"it is larger than {most} bytes; hand over a file's name instead of its content")
 
 
 def _overwrite(path: Path, data: bytes) -> None:
@@ -428,6 +451,10 @@ def is_task_name(name: str) -> bool:
     return name.endswith(TASK) and not name.startswith(".")
 
 
+def _gone(directory: Path) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{directory}/")
+
+
 def _identity(info: os.stat_result) -> tuple[int, int]:
     return info.st_ino, info.st_mtime_ns
 
@@ -441,7 +468,8 @@ def _is_still(path: Path, identity: tuple[int, int]) -> bool:
 
 
 def _token(info: os.stat_result) -> str:
-    return f"{info.st_ino}-{info.st_mtime_ns}"
+    """Not the time of the content, which `cp -p` can give to another file of the same inode; this one nobody sets."""
+    return f"{info.st_ino}-{info.st_ctime_ns}"
 
 
 def _token_in(path: Path) -> str:

@@ -100,10 +100,10 @@ def parse(data: bytes) -> Task:
     return of_fields(fields_of(data))
 
 
-def fields_of(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`; raises as `parse`."""
-    if len(data) > MAX_BYTES:
-        raise BadInput(f"it is larger than {MAX_BYTES} bytes; hand over a file's name instead of its content")
+def fields_of(data: bytes, *, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in `data`, of at most so many bytes; raises as `parse`."""
+    if len(data) > most:
+        raise BadInput(f"it is larger than {most} bytes; hand over a file's name instead of its content")
     trouble = ""
     value: Any = None
     try:

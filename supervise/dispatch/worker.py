@@ -26,7 +26,7 @@ from supervise.dispatch.dispatcher import Dispatcher, Observer, SpecOf, Stats
 from supervise.dispatch.policy import Policy
 from supervise.dispatch.spool import Spool
 from supervise.dispatch.task import Task
-from supervise.errors import BadInput, SettingsError
+from supervise.errors import BadInput, SettingsError, SuperviseError
 from supervise.events import Event, TaskBuried, WorkerChanged, WorkerTrouble
 from supervise.executors.local import LocalExecutor
 from supervise.executors.mock import MockExecutor
@@ -400,7 +400,12 @@ def _spool(name: str, settings: Settings) -> Spool:
 def _lock_files(spool: Spool, settings: Settings) -> list[Path]:
     """The root's own, always: what a worker of this name left is ours only if it is the only one."""
     own = spool.root / LOCKS / f"{spool.worker}.lock"
-    own.parent.mkdir(exist_ok=True)
+    try:
+        own.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SuperviseError(
+            f"the worker's directory {own.parent} cannot be used: {error.strerror}; name another root (worker.root)"
+        ) from None
     other = settings.worker.lock_file
     return [own] if other is None or os.path.realpath(other) == os.path.realpath(own) else [own, other]
 

@@ -97,12 +97,19 @@ def _task(event: e.TaskEvent) -> Line | None:
             return event.task_id, f"{event.status} after {event.seconds:.2f} s", mood
         case e.TaskRetried():
             what = f"attempt {event.attempt} failed ({event.failure_kind}): {event.error}"
-            return event.task_id, f"{what}; once more at {rfc3339(event.at)}", "warn"
+            return event.task_id, f"{what}; once more {_when(event.at)}", "warn"
         case e.TaskBuried():
             return event.task_id, f"is a dead letter ({event.reason}): {event.detail}", "bad"
         case e.TaskPutBack():
             return event.task_id, f"was put back: {event.reason}", "warn"
     return None
+
+
+def _when(at: float) -> str:
+    try:
+        return f"at {rfc3339(at)}"
+    except (OverflowError, ValueError, OSError):  # past every calendar
+        return "some day"
 
 
 def _agent(event: e.AgentEvent) -> Line | None:
