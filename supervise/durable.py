@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -31,8 +32,10 @@ def replace(path: Path, data: bytes, *, durable: bool, mode: int = 0o600) -> Non
             if durable:
                 os.fsync(file.fileno())
         new.rename(path)
-    except OSError:
-        new.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # on a disk that is read-only, also if it is not there
+            new.unlink(missing_ok=True)
+        error.filename, error.filename2 = os.fspath(path), None  # the other name is another one each time
         raise
     if durable:
         sync_directory(path.parent)
@@ -65,3 +68,33 @@ def make_private(path: Path) -> None:
             os.fchmod(descriptor, 0o700)
         finally:
             os.close(descriptor)
+
+
+def rename_new(old: Path, new: Path) -> None:
+    """Rename, but never over something that is there: renameat2(2) with RENAME_NOREPLACE.
+
+    Where kernel or file system has no such call (NFS), it looks first and renames then.
+
+    Raises:
+        FileExistsError: `new` is there.
+        OSError: as of a rename.
+    """
+    error = _renameat2(os.fsencode(old), os.fsencode(new))
+    if error in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        if os.path.lexists(new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(old), None, str(new))
+        old.rename(new)
+    elif error:
+        raise OSError(error, os.strerror(error), str(old), None, str(new))
+
+
+def _renameat2(old: bytes, new: bytes) -> int:
+    """The call; returns 0, or errno."""
+    import ctypes
+
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # a C library without it
+        return errno.ENOSYS
+    at_cwd, no_replace = -100, 1
+    return 0 if call(at_cwd, old, at_cwd, new, no_replace) == 0 else ctypes.get_errno()

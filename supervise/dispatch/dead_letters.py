@@ -12,6 +12,7 @@ from attrs import frozen
 
 from supervise import durable
 from supervise.codec import loads
+from supervise.dispatch.spool import Spool
 from supervise.errors import SuperviseError
 
 __all__ = ["DeadLetter", "DeadLetters"]
@@ -111,16 +112,21 @@ class DeadLetters:
         if not tasks.is_dir():
             raise SuperviseError(f"{tasks} is not there: start the worker {letter.worker} first, which makes it")
         if os.path.lexists(new):
-            raise SuperviseError(f"{new} is there already; wait until it is done, or remove it")
+            raise _there(new)
+        if letter.raw is None and "file" in letter.record:
+            raise SuperviseError(f"the bytes of {letter.name} are gone, or not there yet; look again in a moment")
         try:
             with _told():
+                self._see_off(letter)
                 if letter.raw is not None:
                     # First the record: bytes without one are put back by the worker's next start in any case.
                     letter.path.unlink()
-                    letter.raw.rename(new)
+                    durable.rename_new(letter.raw, new)
                 else:
-                    letter.path.rename(new)
+                    durable.rename_new(letter.path, new)
                 durable.sync_directory(tasks)
+        except FileExistsError:
+            raise _there(new) from None
         except FileNotFoundError as error:
             raise SuperviseError(f"{error.filename} is gone: somebody else has seen to the dead letter") from None
         return new
@@ -128,11 +134,20 @@ class DeadLetters:
     def drop(self, letter: DeadLetter) -> None:
         """Remove it for good, its bytes first. Raises SuperviseError where the disk refuses."""
         with _told():
+            self._see_off(letter)
             if letter.raw is not None:
                 if letter.raw.is_dir() and not letter.raw.is_symlink():
                     raise SuperviseError(f"{letter.raw} is a directory; look what is in it, and remove it by hand")
                 letter.raw.unlink(missing_ok=True)
             letter.path.unlink(missing_ok=True)
+
+    def _see_off(self, letter: DeadLetter) -> None:
+        """A worker that was killed may have left the claim behind; the dead letter is the proof that it has ended."""
+        Spool(self._root, letter.worker).drop_ended(letter.task_id, str(letter.record.get("dlq_claim", "")))
+
+
+def _there(path: Path) -> SuperviseError:
+    return SuperviseError(f"{path} is there already; wait until it is done, or remove it")
 
 
 @contextmanager
@@ -140,7 +155,7 @@ def _told() -> Iterator[None]:
     """What the disk refuses, as an error of ours; but not that a file is gone."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):
         raise
     except OSError as error:
         raise SuperviseError(f"{error.filename or 'a dead letter'}: {error.strerror}") from None

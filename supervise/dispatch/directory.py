@@ -43,6 +43,12 @@ MOST_KNOWN: Final = 100_000
 
 THREADS: Final = 8
 
+#: What may be in trouble.
+TASKS, RESULTS, QUEUE = "directory", "results", "queue"
+
+#: A receipt is told so many seconds later: the claim comes first, which wants the disk at the same moment.
+TELL_AFTER: Final = 0.02
+
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter | None] = trio.lowlevel.RunVar("supervise.dispatch threads", None)
 
 
@@ -87,12 +93,11 @@ class DirectorySource:
         sweep_interval: seconds between two looks at the whole directory.
         poll_interval: likewise where no hints can be had, and after trouble.
         parse_grace: how long a file that does not parse is left to its writer, in seconds since its last change.
-        longest_wait: a retry that is further off than so many seconds was written under another clock.
         emit: gets the events; a `TaskBuried` of attempt 0 is a file that was no task.
         now: the clock on the wall.
 
     Attributes:
-        trouble: why the directory cannot be looked at; empty if it can.
+        troubles: what cannot be done, and why.
         note: why hints are missing; empty if they are not.
         exhausted: they are missing because this machine has no more of something.
         looked: when the whole directory was looked at last, on Trio's clock.
@@ -105,11 +110,10 @@ class DirectorySource:
         sweep_interval: float,
         poll_interval: float,
         parse_grace: float,
-        longest_wait: float = math.inf,
         emit: Callable[[Event], None] = lambda event: None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.trouble = ""
+        self.troubles: dict[str, str] = {}
         self.note = ""
         self.exhausted = False
         self.looked = -math.inf
@@ -117,9 +121,8 @@ class DirectorySource:
         self._sweep_interval = sweep_interval
         self._poll_interval = poll_interval
         self._parse_grace = parse_grace
-        self._longest_wait = longest_wait
         self._emit = emit
-        self._now = now
+        self.now = now
         self._wake: Callable[[], None] = lambda: None
         self._news: list[News] = []
         self._offers: dict[str, Offer] = {}  # by name: those that have been told, and not been taken
@@ -149,15 +152,22 @@ class DirectorySource:
 
     async def claim(self, offer: Offer) -> _Claim | None:
         """See `Source.claim`."""
-        held = await _asked(self._spool.claim, offer.key, offer.task_id)
-        self._forget(offer.key)
+        # Forgotten first: what the kernel tells of our own rename is no news, and another file of this name is.
+        known = self._forget(offer.key)
+        try:
+            held = await _asked(self._spool.claim, offer.key, offer.task_id)
+        except SourceTrouble:
+            if known is not None and offer.key not in self._offers:
+                self._know(known)
+            raise
         return None if held is None else _Claim(self, self._spool, held)
 
     async def completed(self, task_ids: Iterable[str]) -> set[str]:
         """See `Source.completed`."""
         self._awaited |= set(task_ids)
-        self._watch_results()
-        found = await _asked(self._spool.completed, frozenset(task_ids))
+        await self._watch_results()
+        found, refused = await _asked(self._spool.completed, frozenset(task_ids))
+        self._trouble(RESULTS, "" if refused is None else told(refused))
         self._awaited -= found
         return found
 
@@ -198,19 +208,20 @@ class DirectorySource:
         else:
             born = [*filter(is_task_name, hints.born - hints.names)]
             whole = await in_thread(self._spool.complete_at_birth, born) if born else []
-            await self._look([*filter(is_task_name, hints.names), *whole])
+            gone = [name for name in hints.gone - hints.names if name in self._offers or name in self._halves]
+            await self._look([*gone, *filter(is_task_name, hints.names), *whole])
         await self._grace_is_over()
         return False
 
     def _interval(self) -> float:
         """Seconds from one look through the directory to the next."""
         more = self._more and len(self._offers) < MOST_KNOWN - BATCH
-        if self.trouble or more or isinstance(self._watching, Polling):
+        if TASKS in self.troubles or more or isinstance(self._watching, Polling):
             return self._poll_interval
         return self._sweep_interval
 
     def _deadline(self) -> float:
-        halves = [until for _, until in self._halves.values() if not self.trouble]
+        halves = [until for _, until in self._halves.values() if TASKS not in self.troubles]
         return min([self.looked + self._interval(), *halves])
 
     async def _watch(self) -> None:
@@ -235,7 +246,7 @@ class DirectorySource:
                 self._emit(WorkerTrouble(worker=self._spool.worker, what="hints", error=note))
         self.note = note
         if self._awaited:
-            self._watch_results()
+            await self._watch_results()
 
     async def _look_through(self) -> None:
         """All that lies there. What was known and is there no more has been taken or removed by somebody else."""
@@ -243,10 +254,10 @@ class DirectorySource:
             await in_thread(self._spool.make_again)
             names = await in_thread(self._spool.names)
         except OSError as error:
-            self._trouble(told(error))
+            self._trouble(TASKS, told(error))
             return
-        except SuperviseError as error:  # of `create`
-            self._trouble(str(error))
+        except SuperviseError as error:  # of `make_again`
+            self._trouble(TASKS, str(error))
             return
         finally:
             self.looked = trio.current_time()
@@ -261,8 +272,10 @@ class DirectorySource:
         new = [name for name in names if name not in self._offers and name not in young]
         room = max(0, MOST_KNOWN - len(self._offers))
         self._more = len(new) > room
-        if await self._look(new[:room]):
-            self._trouble("")
+        if await self._look([*self._told_by_another_clock(), *new[:room]]):
+            self._trouble(TASKS, "")
+        self._trouble(QUEUE, f"it is longer than the {MOST_KNOWN} tasks that are looked at" if self._more else "")
+        self._awaited &= {task_id for offer in self._offers.values() for task_id in offer.dependencies}
         if self._awaited:
             await self._results_changed()
 
@@ -275,7 +288,7 @@ class DirectorySource:
             for each in await in_thread(self._look_at, batch):
                 trouble = told(each) if isinstance(each, OSError) else await self._take_note(each) or trouble
         if trouble:
-            self._trouble(trouble)
+            self._trouble(TASKS, trouble)
             self.looked = trio.current_time()  # all of it once more, after a pause
         return not trouble
 
@@ -294,27 +307,13 @@ class DirectorySource:
         match seen:
             case Offer(key=name):
                 self._halves.pop(name, None)
-                other = self._names.get(seen.task_id, name)
-                if other != name:
-                    # One that has attempts behind it was there first, whichever was looked at first.
-                    first, second = (name, other) if seen.attempts > self._offers[other].attempts else (other, name)
-                    reason = f"the task id {seen.task_id!r} is taken: {first!r} waits under it; choose another"
-                    trouble = await self._quarantine(Bad(second, reason, seen.task_id))
-                    if trouble or second == name:
-                        return trouble
-                offer = evolve(seen, not_before=self._believable(seen))
-                if self._offers.get(name) != offer:
-                    self._forget(name)
-                    self._offers[name] = offer
-                    self._names[offer.task_id] = name
-                    self._say(Arrived(offer))
-                    self._received(offer)
+                return await self._take_note_of_offer(name, seen)
             case Half(name):
                 known = self._halves.get(name)
                 if known is None or known[0].version != seen.version:
                     self._halves[name] = (seen, trio.current_time() + self._parse_grace)
                 elif trio.current_time() >= known[1]:
-                    return await self._quarantine(Bad(name, seen.reason))
+                    return await self._quarantine(Bad(name, seen.reason, seen=seen.seen))
             case Bad():
                 return await self._quarantine(seen)
             case Gone(name):
@@ -324,14 +323,44 @@ class DirectorySource:
                     self._say(Vanished(name))
         return ""
 
+    async def _take_note_of_offer(self, name: str, seen: Offer) -> str:
+        other = self._names.get(seen.task_id, name)
+        if other != name and isinstance(await in_thread(self._spool.look, other), Gone):  # it has another name by now
+            self._forget(other)
+            self._say(Vanished(other))
+            other = name
+        if other != name:
+            # One that has attempts behind it was there first, whichever was looked at first.
+            before = self._offers.get(other)
+            is_first = before is not None and seen.attempts > before.attempts
+            first, second = (name, other) if is_first else (other, name)
+            reason = f"the task id {seen.task_id!r} is taken: {first!r} waits under it; choose another"
+            trouble = await self._quarantine(Bad(second, reason, seen.task_id))
+            if trouble or second == name:
+                return trouble
+        if len(self._offers) >= MOST_KNOWN and name not in self._offers:
+            self._more = True
+            return ""
+        offer = evolve(seen, not_before=self._believable(seen))
+        if self._offers.get(name) != offer:
+            self._forget(name)
+            self._know(offer)
+            self._say(Arrived(offer))
+            self._received(offer)
+        return ""
+
     def _believable(self, offer: Offer) -> float:
-        """A pause before a retry that is longer than any was written before the clock was set back."""
-        latest = self._now() + self._longest_wait
-        return min(offer.not_before, latest) if offer.attempts else offer.not_before
+        """When a task may be tried. A pause before a retry is not longer than it was when it was written."""
+        return max(offer.not_before, min(offer.retry_at, self.now() + offer.pause))
+
+    def _told_by_another_clock(self) -> list[str]:
+        """Those whose pause is longer than it was: the clock has been set back since."""
+        now = self.now()
+        return [name for name, each in self._offers.items() if each.not_before == each.retry_at > now + each.pause]
 
     async def _grace_is_over(self) -> None:
         now = trio.current_time()
-        if not self.trouble:  # or the next look through the directory sees to them
+        if TASKS not in self.troubles:  # or the next look through the directory sees to them
             await self._look([name for name, (_, until) in self._halves.items() if now >= until])
 
     async def _quarantine(self, bad: Bad) -> str:
@@ -341,7 +370,7 @@ class DirectorySource:
             self._say(Vanished(bad.name))
         worker = self._spool.worker
         try:
-            record = records.no_task(bad.name, bad.task_id, worker, bad.reason, self._now())
+            record = records.no_task(bad.name, bad.task_id, worker, bad.reason, self.now())
             there = await in_thread(self._spool.quarantine, bad, record)
         except OSError as error:
             return f"{bad.name!r} is no task ({bad.reason}), and cannot be set aside: {told(error)}"
@@ -355,29 +384,36 @@ class DirectorySource:
 
     # --- results that others wait for ---------------------------------------------------------------------
 
-    def _watch_results(self) -> None:
+    async def _watch_results(self) -> None:
         """Of all workers: a task may depend on one of somebody else."""
-        results = self._spool.results.parent
         try:
-            self._watching.also(results)
-            for directory in results.iterdir():
-                if directory.is_dir():
-                    self._watching.also(directory)
+            await in_thread(self._watch_all_results)
         except OSError as error:  # the sweep finds them, later
-            log.warning("the results of other workers cannot be watched: %s", told(error))
+            self._trouble("hints of results", f"{told(error)}: they are seen every {self._sweep_interval:g} s")
+        else:
+            self._trouble("hints of results", "")
+
+    def _watch_all_results(self) -> None:
+        results = self._spool.results.parent
+        self._watching.also(results)
+        for directory in results.iterdir():
+            if directory.is_dir():
+                self._watching.also(directory)
 
     async def _results_changed(self, paths: Iterable[Path] | None = None) -> None:
         """Look whether an awaited task has completed: those of these paths, or all."""
         names = None if paths is None else {path.name.removesuffix(".json") for path in paths}
         awaited = self._awaited if names is None else self._awaited & names
         if paths is not None and any(path.parent == self._spool.results.parent for path in paths):
-            self._watch_results()  # a new worker
+            await self._watch_results()  # a new worker
             awaited = self._awaited
-        try:
-            found = await in_thread(self._spool.completed, frozenset(awaited)) if awaited else set()
-        except OSError as error:
-            self._trouble(told(error))
+        if not awaited:
             return
+        try:
+            found, refused = await in_thread(self._spool.completed, frozenset(awaited))
+        except OSError as error:
+            found, refused = set(), error
+        self._trouble(RESULTS, "" if refused is None else told(refused))
         self._awaited -= found
         for task_id in found:
             self._say(Completed(task_id))
@@ -387,23 +423,32 @@ class DirectorySource:
     def _received(self, offer: Offer) -> None:
         if not offer.attempts:
             self._emit(TaskReceived(worker=self._spool.worker, task_id=offer.task_id, priority=offer.priority))
-            self._to_tell.append(offer.task_id)
-            self._telling.set()
+        self._to_tell.append(offer.task_id)
+        self._telling.set()
 
     async def _tell_of_receipts(self) -> None:
         """Beside the looking: a task need not wait for its trigger file."""
         while True:
             await self._telling.wait()
-            self._telling = trio.Event()
-            told_of, self._to_tell = self._to_tell, []
-            try:
-                await in_thread(self._write_triggers, told_of)
-            except OSError as error:
-                log.warning("a trigger file could not be written: %s", told(error))
+            with trio.CancelScope(shield=True):  # who was received is told, also when all ends
+                await trio.sleep(TELL_AFTER)
+                self._telling = trio.Event()
+                todo, self._to_tell = self._to_tell, []
+                left, trouble = await in_thread(self._write_triggers, todo)
+                self._trouble("triggers", trouble)
+            self._to_tell = [*left, *self._to_tell][:MOST_KNOWN]
+            if left:
+                await trio.sleep(self._poll_interval)
+                self._telling.set()
 
-    def _write_triggers(self, task_ids: list[str]) -> None:
-        for task_id in task_ids:
-            self._spool.trigger(task_id, records.received(task_id, self._spool.worker, self._now()))
+    def _write_triggers(self, task_ids: list[str]) -> tuple[list[str], str]:
+        """Returns those whose trigger could not be written, and why."""
+        for number, task_id in enumerate(task_ids):
+            try:
+                self._spool.trigger(task_id, records.received(task_id, self._spool.worker, self.now()))
+            except OSError as error:
+                return task_ids[number:], told(error)
+        return [], ""
 
     # --- small things -------------------------------------------------------------------------------------
 
@@ -411,20 +456,28 @@ class DirectorySource:
         """Look at a file that was put back."""
         await self._look([name])
 
-    def _forget(self, name: str) -> None:
+    def _know(self, offer: Offer) -> None:
+        self._offers[offer.key] = offer
+        self._names[offer.task_id] = offer.key
+
+    def _forget(self, name: str) -> Offer | None:
         offer = self._offers.pop(name, None)
-        if offer is not None:
-            self._names.pop(offer.task_id, None)
+        if offer is not None and self._names.get(offer.task_id) == name:
+            del self._names[offer.task_id]
+        return offer
 
     def _say(self, news: News) -> None:
         self._news.append(news)
         self._wake()
 
-    def _trouble(self, text: str) -> None:
-        if text != self.trouble:
-            log.log(logging.ERROR if text else logging.WARNING, "%s", text or f"{self._spool.tasks} can be read again")
-            self._emit(WorkerTrouble(worker=self._spool.worker, what="directory", error=text))
-        self.trouble = text
+    def _trouble(self, what: str, text: str) -> None:
+        if text != self.troubles.get(what, ""):
+            log.log(logging.ERROR if text else logging.WARNING, "%s: %s", what, text or "that works again")
+            self._emit(WorkerTrouble(worker=self._spool.worker, what=what, error=text))
+        if text:
+            self.troubles[what] = text
+        else:
+            self.troubles.pop(what, None)
 
 
 @final
@@ -451,7 +504,8 @@ class _Claim:
         await _asked(self._spool.finish, self._held, record)
 
     async def retry(self, attempts: tuple[Attempt, ...], at: float) -> None:
-        await self._source.again(await _asked(self._spool.retry, self._held, attempts, at))
+        pause = max(0.0, at - self._source.now())
+        await self._source.again(await _asked(self._spool.retry, self._held, attempts, at, pause))
 
     async def bury(self, record: Mapping[str, Any]) -> None:
         await _asked(self._spool.bury, self._held, record)

@@ -23,6 +23,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -32,7 +33,7 @@ from supervise import durable
 from supervise.codec import loads, to_line
 from supervise.dispatch.backlog import Offer
 from supervise.dispatch.source import ClaimLost
-from supervise.dispatch.task import MAX_BYTES, Attempt, Task, Unfinished, fields_of, of_fields, waited, waiting
+from supervise.dispatch.task import MAX_BYTES, Attempt, Task, Unfinished, Waited, fields_of, of_fields, waited
 from supervise.errors import BadInput, SuperviseError
 
 __all__ = ["Bad", "Gone", "Half", "Held", "Spool"]
@@ -41,6 +42,8 @@ TASK: Final = ".json"
 RETRY: Final = "~retry"
 #: Of a task that we wrote for another attempt: with its history, and not as terse as it came.
 OWN_BYTES: Final = 16 * MAX_BYTES
+#: A larger result tells nobody that its task has completed.
+RESULT_BYTES: Final = 256 * MAX_BYTES
 #: Before the umask: whoever may look into the directory may read what is in it.
 MODE: Final = 0o666
 _IN_HAND: Final = "in hand"
@@ -58,11 +61,12 @@ class Gone:
 
 @frozen
 class Half:
-    """A file that does not parse, perhaps not yet. `version` changes with its content."""
+    """A file that does not parse, perhaps not yet. `version` changes with its content, `seen` is what was looked at."""
 
     name: str
     version: tuple[int, int]
     reason: str
+    seen: tuple[int, int]
 
 
 @frozen
@@ -101,6 +105,7 @@ class Spool:
         self.worker = worker
         self.tasks, self.running, self.triggers, self.results, self.dlq = (root / name / worker for name in DIRECTORIES)
         self.heartbeat = root / "heartbeats" / f"{worker}.json"
+        self._begun: dict[str, str] = {}  # claims that were broken off behind their rename: names by task id
 
     def create(self) -> None:
         """Make the directories. Raises SuperviseError where they cannot be, or cannot be used."""
@@ -173,10 +178,10 @@ class Spool:
             return read
         data, info = read
         try:
-            fields, attempts, at, claim = waited(fields_of(data, most=OWN_BYTES))
-            task = of_fields(fields)
+            found = waited(fields_of(data, most=OWN_BYTES))
+            task = of_fields(found.fields)
         except Unfinished as error:
-            return Half(name, (info.st_size, info.st_mtime_ns), str(error))
+            return Half(name, (info.st_size, info.st_mtime_ns), str(error), _identity(info))
         except BadInput as error:
             return Bad(name, str(error), seen=_identity(info))
         if task.worker is not None and task.worker != self.worker:
@@ -184,7 +189,7 @@ class Spool:
                 f"it is for the worker {task.worker[:80]!r}, not for {self.worker!r}; put it into tasks/ of that one"
             )
             return Bad(name, reason, task.task_id, _identity(info))
-        if reason := self._taken(task.task_id, claim):
+        if reason := self._taken(task.task_id, found.claim):
             # That it is taken may be by itself: it was claimed since it was read, and perhaps has ended.
             if reason is _IN_HAND or not _is_still(self.tasks / name, _identity(info)):
                 return Gone(name)
@@ -194,8 +199,10 @@ class Spool:
             task_id=task.task_id,
             priority=task.priority,
             dependencies=task.dependencies,
-            not_before=max(task.not_before, at),
-            attempts=len(attempts),
+            not_before=task.not_before,
+            attempts=len(found.attempts),
+            retry_at=found.at,
+            pause=found.pause,
         )
 
     def _taken(self, task_id: str, claim: str) -> str:
@@ -213,38 +220,49 @@ class Spool:
             else f"the task id {task_id!r} is taken: it is running; choose another"
         )
 
-    def completed(self, task_ids: Iterable[str]) -> set[str]:
-        """Those of the tasks that have completed, whichever worker did them."""
+    def completed(self, task_ids: Iterable[str]) -> tuple[set[str], OSError | None]:
+        """Those of the tasks that have completed, whichever worker did them; and what could not be read, if so."""
         wanted, found = set(task_ids), set[str]()
+        refused: OSError | None = None
         with os.scandir(self.results.parent) as workers:
             for directory in [Path(each.path) for each in workers if each.is_dir()]:
-                found |= {task_id for task_id in wanted - found if _is_completed(directory / f"{task_id}.json")}
-        return found
+                for task_id in wanted - found:
+                    try:
+                        if _is_completed(directory / f"{task_id}.json"):
+                            found.add(task_id)
+                    except OSError as error:
+                        refused = error
+        return found, refused
 
     # --- a claim, and its ends ----------------------------------------------------------------------------
 
     def claim(self, name: str, task_id: str) -> Held | None:
-        """Take a task: from here on it is ours. None if it is gone, or is another one by now."""
+        """Take a task: from here on it is ours. None if it is gone, or is another one by now.
+
+        Called again after an error, it goes on where it was broken off.
+        """
         running = self.running / f"{task_id}.json"
-        # The rename would overwrite the one; what came of this task would overwrite the other.
-        if os.path.lexists(running) or os.path.lexists(self.results / f"{task_id}.json"):
-            return None
-        try:
-            (self.tasks / name).rename(running)
-        except FileNotFoundError:
-            if os.path.lexists(self.tasks / name):  # it is running/ that has gone
-                raise _gone(self.running) from None
-            return None
-        try:
-            durable.sync_directory(self.tasks)
-            durable.sync_directory(self.running)
-            held = self._held(running)
-        except OSError:  # no descriptor was left, say: whoever asks again finds it where it was
-            running.rename(_free(self.tasks, name.removesuffix(TASK)))
-            raise
+        if self._begun.get(task_id) != name:
+            if os.path.lexists(self.results / f"{task_id}.json"):  # what came of this task would overwrite it
+                return None
+            try:
+                durable.rename_new(self.tasks / name, running)
+            except FileExistsError:
+                return None
+            except FileNotFoundError:
+                if os.path.lexists(self.tasks / name):  # it is running/ that has gone
+                    raise _gone(self.running) from None
+                return None
+            self._begun[task_id] = name
+            with suppress(PermissionError):  # whose file is not ours; see `_token`
+                os.utime(running)
+        durable.sync_directory(self.running)
+        durable.sync_directory(self.tasks)
+        held = self._held(running)
         if held is None or held.task.task_id != task_id:  # changed since it was looked at
             self._put_back(running, name.removesuffix(TASK))
-            return None
+            held = None
+        del self._begun[task_id]
         return held
 
     def finish(self, held: Held, record: Mapping[str, Any]) -> None:
@@ -253,22 +271,31 @@ class Spool:
         self._publish(self.results / f"{held.task.task_id}.json", {**record, "claim": held.token})
         self._drop(held)
 
-    def retry(self, held: Held, attempts: tuple[Attempt, ...], at: float) -> str:
+    def retry(self, held: Held, attempts: tuple[Attempt, ...], at: float, pause: float = 0.0) -> str:
         """Put the task back with its history, for `at` (seconds since the epoch) or later. Raises ClaimLost.
 
-        Returns the name that it has in tasks/ now; so does `release`.
+        `pause` is how far off that is, in seconds. Returns the name that it has in tasks/ now; so does `release`.
         """
         self._require(held)
         path = _free(self.tasks, held.task.task_id + RETRY, held.token)
-        self._publish(path, waiting(held.task, attempts, at=at, claim=held.token))
+        state = Waited(fields=dict(held.task.fields), attempts=attempts, at=at, pause=pause, claim=held.token)
+        self._publish(path, state.to_fields())
         self._drop(held)
         return path.name
 
     def bury(self, held: Held, record: Mapping[str, Any]) -> None:
         """Make a dead letter of the task. Raises ClaimLost."""
         self._require(held)
-        self._publish(_free(self.dlq, held.task.task_id, held.token), {**record, "claim": held.token})
+        self._publish(_free(self.dlq, held.task.task_id, held.token), {**record, "dlq_claim": held.token})
         self._drop(held)
+
+    def drop_ended(self, task_id: str, token: str) -> None:
+        """Remove the running file of a claim whose end is on the disk, if a kill has left it."""
+        path = self.running / f"{task_id}.json"
+        with suppress(FileNotFoundError):
+            if token and _token(path.lstat()) == token:
+                path.unlink()
+                durable.sync_directory(self.running)
 
     def release(self, held: Held) -> str:
         """Put the task back as it was. Raises ClaimLost."""
@@ -276,25 +303,33 @@ class Spool:
         return self._put_back(self._running(held), held.task.task_id + (RETRY if held.attempts else ""))
 
     def quarantine(self, bad: Bad, record: Mapping[str, Any]) -> bool:
-        """Set a file aside that is no task: its bytes, and a record beside them. Returns False if it is gone."""
-        stem = _free_stem(self.dlq, bad.task_id or _safe(bad.name.removesuffix(TASK)))
-        path, raw = self.tasks / bad.name, self.dlq / f"{stem}.raw"
+        """Set a file aside that is no task: a record, and beside it its bytes. Returns False if it is gone.
+
+        The record comes first: should it not fit on the disk, nothing has moved, and nobody is told of a change.
+        """
+        path = self.tasks / bad.name
         if bad.seen is not None and not _is_still(path, bad.seen):
             return False
+        stem = _free_stem(self.dlq, bad.task_id or _safe(bad.name.removesuffix(TASK)))
+        reason, raw = self.dlq / f"{stem}.json", self.dlq / f"{stem}.raw"
         try:
-            path.rename(raw)
+            self._publish(reason, {**record, "file": raw.name})
+            durable.rename_new(path, raw)
         except FileNotFoundError:
-            if os.path.lexists(path):  # it is dlq/ that has gone
+            reason.unlink(missing_ok=True)
+            if not self.dlq.is_dir():
                 raise _gone(self.dlq) from None
             return False
-        try:
-            durable.sync_directory(self.tasks)
-            self._publish(self.dlq / f"{stem}.json", {**record, "file": raw.name})
-        except OSError:  # bytes without a reason tell nobody: it is set aside later
-            (self.dlq / f"{stem}.json").unlink(missing_ok=True)  # it may be there, and not be synced
-            if not os.path.lexists(path):
-                raw.rename(path)
+        except OSError:
+            reason.unlink(missing_ok=True)
             raise
+        if bad.seen is not None and not _is_still(raw, bad.seen):  # another file has come since
+            self._put_back(raw, bad.name.removesuffix(TASK))
+            reason.unlink(missing_ok=True)
+            return False
+        with suppress(OSError):  # it is done; should a power cut take that back, the file is looked at again
+            durable.sync_directory(self.dlq)
+            durable.sync_directory(self.tasks)
         return True
 
     # --- after a crash ------------------------------------------------------------------------------------
@@ -305,10 +340,14 @@ class Spool:
         To be called by whoever holds the worker's lock, alone, before anything is looked at. What had ended is
         cleared away; what is no claimed task goes back to tasks/, to be looked at as all that lies there.
         """
+        self._begun.clear()
         self._clear_unfinished_writes()
         for raw in self.dlq.glob("*.raw"):
-            if not raw.with_suffix(TASK).exists():  # it was being set aside
+            if not os.path.lexists(raw.with_suffix(TASK)):  # it was on its way back (`dlq retry`)
                 self._put_back(raw, raw.name.removesuffix(".raw"))
+        for reason in self.dlq.glob(f"*{TASK}"):
+            if not os.path.lexists(reason.with_suffix(".raw")) and _names_bytes(reason):
+                reason.unlink()  # it was being set aside, or dropped
         for path in sorted(self.running.iterdir()):
             held = self._held(path)
             if held is None or path.name != held.task.task_id + TASK:
@@ -390,10 +429,16 @@ class Spool:
         self._running(held).unlink(missing_ok=True)
 
     def _put_back(self, path: Path, stem: str) -> str:
-        """Under this name if it is free. A second task of its id that is written under it at this moment is lost."""
-        new = _free(self.tasks, stem)
-        path.rename(new)
+        """Under this name, if it is free, or one like it."""
+        while True:
+            new = _free(self.tasks, stem)
+            try:
+                durable.rename_new(path, new)
+                break
+            except FileExistsError:  # somebody was quicker
+                continue
         durable.sync_directory(self.tasks)
+        durable.sync_directory(path.parent)
         return new.name
 
     def _held(self, path: Path) -> Held | None:
@@ -403,8 +448,8 @@ class Spool:
             return None
         data, info = read
         try:
-            fields, attempts, _, _ = waited(fields_of(data, most=OWN_BYTES))
-            return Held(task=of_fields(fields), attempts=attempts, token=_token(info), inode=info.st_ino)
+            found = waited(fields_of(data, most=OWN_BYTES))
+            return Held(task=of_fields(found.fields), attempts=found.attempts, token=_token(info), inode=info.st_ino)
         except BadInput:
             return None
 
@@ -468,17 +513,26 @@ def _is_still(path: Path, identity: tuple[int, int]) -> bool:
 
 
 def _token(info: os.stat_result) -> str:
-    """Not the time of the content, which `cp -p` can give to another file of the same inode; this one nobody sets."""
-    return f"{info.st_ino}-{info.st_ctime_ns}"
+    """The time is that of the claim, which sets it: an inode is soon used again, and `cp -p` keeps a file's time."""
+    return f"{info.st_ino}-{info.st_mtime_ns}"
 
 
 def _token_in(path: Path) -> str:
     """Of the claim that has left this file behind."""
     try:
         fields = loads(_content(path))
-        return waited(fields)[3] or str(fields.get("claim", ""))
-    except (BadInput, FileNotFoundError, ValueError, AttributeError):  # a stranger's
+        return waited(fields).claim or str(fields.get("dlq_claim", ""))
+    except (BadInput, FileNotFoundError, ValueError, RecursionError, AttributeError):  # a stranger's
         return ""
+
+
+def _names_bytes(path: Path) -> bool:
+    """Whether the record tells of bytes beside it."""
+    try:
+        fields = loads(_content(path))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.get("file") == path.with_suffix(".raw").name
 
 
 def _content(path: Path) -> bytes:
@@ -493,7 +547,8 @@ def _content(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return b""
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            data = file.read(RESULT_BYTES + 1)
+        return data if len(data) <= RESULT_BYTES else b""
     finally:
         os.close(descriptor)
 
@@ -501,7 +556,7 @@ def _content(path: Path) -> bytes:
 def _is_completed(path: Path) -> bool:
     try:
         record = loads(_content(path))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and record.get("status") == "completed"
 

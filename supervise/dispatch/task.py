@@ -31,7 +31,7 @@ MOST_DEPENDENCIES: Final = 1000
 PRIORITIES: Final = {"low": -10, "normal": 0, "high": 10, "urgent": 100}
 MOST_PRIORITY: Final = 1000
 
-#: Where a task that waits for its next attempt keeps what came before; only `waiting` writes it.
+#: Where a task that waits for its next attempt keeps what came before; only `Waited` writes it.
 STATE_KEY: Final = "_supervise"
 
 
@@ -156,34 +156,51 @@ def of_fields(fields: Mapping[str, Any]) -> Task:
     )
 
 
-def waiting(task: Task, attempts: tuple[Attempt, ...], *, at: float, claim: str) -> dict[str, Any]:
-    """The fields of a task that waits for its next attempt, with what came before.
+@frozen(kw_only=True)
+class Waited:
+    """What is told of a task that waits for its next attempt.
 
-    Args:
+    Attributes:
+        fields: the task's own.
         attempts: what came before.
         at: when it may be tried again, in seconds since the epoch.
-        claim: which claim has left it so.
+        pause: how far off that was when it was written, in seconds: the clock may have been set back since.
+        claim: which claim has left it so; empty for a task that waits for its first attempt.
     """
-    state = {"attempts": [history(each) for each in attempts], "at": at, "claim": claim}
-    return {**task.fields, STATE_KEY: state}
+
+    fields: dict[str, Any]
+    attempts: tuple[Attempt, ...] = ()
+    at: float = 0.0
+    pause: float = 0.0
+    claim: str = ""
+
+    def to_fields(self) -> dict[str, Any]:
+        """As they are written into its file."""
+        attempts = [history(each) for each in self.attempts]
+        state = {"attempts": attempts, "at": self.at, "pause": self.pause, "claim": self.claim}
+        return {**self.fields, STATE_KEY: state}
 
 
-def waited(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Attempt, ...], float, str]:
-    """What `waiting` has put together: fields, attempts, time and claim. Raises BadInput."""
+def waited(fields: Mapping[str, Any]) -> Waited:
+    """What `Waited.to_fields` has put together. Raises BadInput."""
     state = fields.get(STATE_KEY)
     own = {name: value for name, value in fields.items() if name != STATE_KEY}
     if state is None:
-        return own, (), 0.0, ""
+        return Waited(fields=own)
     try:
-        attempts = tuple(_attempt(each) for each in state["attempts"])
-        at, claim = float(state["at"]), str(state["claim"])
-        for each in attempts:  # it will have to be written again
-            history(each)
+        found = Waited(
+            fields=own,
+            attempts=tuple(_attempt(each) for each in state["attempts"]),
+            at=float(state["at"]),
+            pause=float(state["pause"]),
+            claim=str(state["claim"]),
+        )
+        found.to_fields()  # it will have to be written again
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise BadInput(f"{STATE_KEY} is not what a worker writes there; leave it out") from None
-    if len(attempts) > MOST_ATTEMPTS or not math.isfinite(at):
+    if len(found.attempts) > MOST_ATTEMPTS or not (math.isfinite(found.at) and math.isfinite(found.pause)):
         raise BadInput(f"{STATE_KEY} is not what a worker writes there; leave it out")
-    return own, attempts, at, claim
+    return found
 
 
 def history(attempt: Attempt) -> dict[str, Any]:

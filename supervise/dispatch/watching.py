@@ -25,7 +25,8 @@ class Hints:
     """What may have changed.
 
     Attributes:
-        names: in the watched directory: closed after writing, renamed in, or removed.
+        names: in the watched directory: closed after writing, or renamed in.
+        gone: in the watched directory: removed, or renamed away.
         born: in the watched directory: made; a regular file's writer may still be at it.
         others: paths in the other directories.
         everything: hints were lost.
@@ -33,6 +34,7 @@ class Hints:
     """
 
     names: frozenset[str] = frozenset()
+    gone: frozenset[str] = frozenset()
     born: frozenset[str] = frozenset()
     others: frozenset[Path] = frozenset()
     everything: bool = False
@@ -94,7 +96,7 @@ class Inotify:
         flags = inotify_simple.flags
         self._flags = flags
         # IN_CREATE for what is complete as soon as it is there: a hard link, and what is no file at all.
-        self._mask = flags.CLOSE_WRITE | flags.MOVED_TO | flags.CREATE | flags.DELETE | flags.ONLYDIR
+        self._mask = flags.CLOSE_WRITE | flags.MOVED_TO | flags.MOVED_FROM | flags.CREATE | flags.DELETE | flags.ONLYDIR
         self._others: dict[int, Path] = {}
         self._inotify = inotify_simple.INotify(nonblocking=True)
         try:
@@ -112,6 +114,7 @@ class Inotify:
         """See `Watching.read`."""
         names: set[str] = set()
         born: set[str] = set()
+        gone: set[str] = set()
         others: set[Path] = set()
         everything = over = False
         flags = self._flags
@@ -120,12 +123,18 @@ class Inotify:
                 everything = True
             elif event.wd == self._main:
                 over = over or bool(event.mask & (flags.IGNORED | flags.DELETE_SELF | flags.MOVE_SELF | flags.UNMOUNT))
-                (born if event.mask & flags.CREATE else names).add(event.name)
+                away = event.mask & (flags.DELETE | flags.MOVED_FROM)
+                (gone if away else born if event.mask & flags.CREATE else names).add(event.name)
             elif event.wd in self._others:
                 others.add(self._others[event.wd] / event.name)
         names.discard("")
         return Hints(
-            names=frozenset(names), born=frozenset(born), others=frozenset(others), everything=everything, over=over
+            names=frozenset(names),
+            gone=frozenset(gone),
+            born=frozenset(born),
+            others=frozenset(others),
+            everything=everything,
+            over=over,
         )
 
     def also(self, directory: Path) -> None:

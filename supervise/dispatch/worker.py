@@ -7,13 +7,15 @@ tells how it fares: by events, and in a heartbeat whose status has to be earned.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, ParamSpec, final
 
 import trio
 
@@ -23,6 +25,7 @@ from supervise.dispatch.backoff import Backoff
 from supervise.dispatch.breaker import Breaker, BreakerState
 from supervise.dispatch.directory import DirectorySource, in_thread, told
 from supervise.dispatch.dispatcher import Dispatcher, Observer, SpecOf, Stats
+from supervise.dispatch.instance import InstanceLock
 from supervise.dispatch.policy import Policy
 from supervise.dispatch.spool import Spool
 from supervise.dispatch.task import Task
@@ -41,6 +44,8 @@ __all__ = ["Worker", "open_worker"]
 
 log = logging.getLogger("supervise.dispatch")
 
+P = ParamSpec("P")
+
 #: How long the dispatcher's loop may take to go round when it is asked to, in seconds.
 TURN_TIMEOUT: Final = 5.0
 
@@ -48,6 +53,17 @@ TURN_TIMEOUT: Final = 5.0
 SWEEPS_MISSED: Final = 3
 
 LOCKS: Final = "locks"
+
+#: Under triggers/, this directory is no worker's.
+ORCHESTRATOR: Final = "orchestrator"
+
+#: How long the tasks that are there at the start may take to be read, in seconds, before any of them begins: the urgent
+#: first.
+FIRST_LOOK: Final = 1.0
+
+#: So many of the tasks that wait for others are told of by name in the reasons, and so many dependencies looked for.
+MOST_TOLD: Final = 10
+MOST_WANTED: Final = 1000
 
 
 @final
@@ -67,6 +83,7 @@ class Worker:
         settings: Settings,
         executor: Executor,
         supervisor: Supervisor | None,
+        locks: Sequence[InstanceLock],
         *,
         spec_of: Callable[[Task, JobSpec], JobSpec] | None,
         observe: Observer,
@@ -79,7 +96,13 @@ class Worker:
         self._supervisor = supervisor
         self._began = trio.current_time()
         self._bus = Bus("")
-        self._also_emit = emit
+        self._also_emit = _harmless(emit, "emit")
+        self._locks = locks
+        self._lost_lock = ""
+        self._ready_at = math.inf  # on Trio's clock
+        self._hopeless: dict[str, Path] = {}  # by id: what others wait for, and what came of it
+        self._hopeless_at = -math.inf
+        self._warned: set[str] = set()
         self._drain_asked = trio.Event()
         self._cancelled = False
         self._stopped = trio.Event()
@@ -99,9 +122,11 @@ class Worker:
             ),
             breaker=Breaker(failures=settings.breaker.failures, reset_after=settings.breaker.reset_after),
             max_concurrent=bounds.max_concurrent,
-            spec_of=_spec_maker(name, settings, spec_of),
+            spec_of=_spec_maker(name, spool.root, settings, spec_of),
             emit=self._emit,
-            observe=observe,
+            observe=_harmless(observe, "observe"),
+            may_claim=self._is_alone,
+            first_look=FIRST_LOOK,
         )
 
     # --- for whoever holds it -----------------------------------------------------------------------------
@@ -156,6 +181,11 @@ class Worker:
         """How many tasks were cancelled and put back because the worker ended."""
         return self._dispatcher.put_back
 
+    @property
+    def unpublished(self) -> int:
+        """How many results, dead letters and retries could not be published before the worker ended, and are lost."""
+        return self._dispatcher.unpublished
+
     async def stopped(self) -> None:
         """Wait until no task is under way any more, after `drain` or `cancel`. Cancelling ends the wait only."""
         await self._stopped.wait()
@@ -172,7 +202,6 @@ class Worker:
             sweep_interval=bounds.sweep_interval,
             poll_interval=bounds.poll_interval,
             parse_grace=bounds.parse_grace,
-            longest_wait=max(bounds.backoff_cap, bounds.longest_quota_pause),
             emit=self._emit,
         )
         return self._source
@@ -198,8 +227,10 @@ class Worker:
         async def then_watch() -> None:
             with watching:  # also the wait: a worker may be asked to end before it is ready
                 await self._dispatcher.ready.wait()
+                self._ready_at = trio.current_time()
                 async with trio.open_nursery() as source:
                     await source.start(self._source.run)
+                    self._dispatcher.begin()
                     self._changed.set()
 
         nursery.start_soon(then_watch, name="source")
@@ -227,8 +258,8 @@ class Worker:
                 await self._changed.wait()
 
     async def _beat_once(self, *, stopped: bool = False) -> None:
-        self._status = await self._earned()
-        status, reasons = self._status
+        await self._look_for_hopeless()
+        status, reasons = await self._earned()
         dispatcher = self._dispatcher
         record: dict[str, Any] = {
             "worker": self.name,
@@ -240,7 +271,7 @@ class Worker:
             "stats": to_json(dispatcher.stats),
             "status": status,
             "reasons": list(reasons),
-            "blocked": {task_id: list(ids) for task_id, ids in list(dispatcher.blocked.items())[:100]},
+            "blocked": {task_id: list(ids) for task_id, ids in dispatcher.blocked.items()},
             "pid": os.getpid(),
             "stopped": stopped,
         }
@@ -253,8 +284,10 @@ class Worker:
             log.log(
                 logging.ERROR if trouble else logging.WARNING, "heartbeat: %s", trouble or "it can be written again"
             )
-            self._changed.set()  # the status is another by this
         self._beat_trouble = trouble
+        if trouble:  # the file, if it can be written, has no reason to say that it cannot
+            status, reasons = "degraded" if status == "healthy" else status, (*reasons, f"heartbeat: {trouble}")
+        self._status = (status, reasons)
         self._emit(
             WorkerChanged(
                 worker=self.name,
@@ -270,38 +303,87 @@ class Worker:
     async def _earned(self) -> tuple[str, tuple[str, ...]]:
         """The status: what was seen to work, not what nobody complained of."""
         dispatcher, source = self._dispatcher, self._source
+        dead: list[str] = [] if self._is_alone() else [self._lost_lock]
+        if dispatcher.ready.is_set() and not await self._turns():
+            dead.append(f"the dispatcher did not go round in {TURN_TIMEOUT:g} s")
         if dispatcher.draining:
-            return "draining", ("it ends when its tasks have ended",)
+            ends = "it ends when its tasks have ended"
+            return "unhealthy" if dead else "draining", (*dead, ends)
         if not dispatcher.ready.is_set():
             why = [f"{what}: {error}" for what, error in dispatcher.troubles.items()]
             return "degraded", (*why, "it is starting: what a dead worker left is seen to")
-        dead: list[str] = []
-        if not await self._turns():
-            dead.append(f"the dispatcher did not go round in {TURN_TIMEOUT:g} s")
-        age = trio.current_time() - source.looked
+        was_looked_at = source.looked > -math.inf
+        age = trio.current_time() - (source.looked if was_looked_at else self._ready_at)
         bounds = self.settings.worker
         if age > SWEEPS_MISSED * max(bounds.sweep_interval, bounds.poll_interval):
-            dead.append(f"the directory was last looked at {age:.0f} s ago")
+            what = "was last looked at" if was_looked_at else "was never looked at: the worker began"
+            dead.append(f"the directory {what} {age:.0f} s ago")
         if dead:
             return "unhealthy", tuple(dead)
         weak = [f"{what}: {error}" for what, error in dispatcher.troubles.items()]
-        weak += [text for text in (source.trouble, source.note if source.exhausted else "") if text]
-        if self._beat_trouble:
-            weak.append(f"heartbeat: {self._beat_trouble}")
+        weak += [f"{what}: {text}" for what, text in source.troubles.items()]
+        weak += [source.note] if source.exhausted else []
+        if not was_looked_at:
+            weak.append("it is starting: the directory is looked at")
+        weak += [
+            f"the lock file {lock.path} was removed or replaced; others may take it"
+            for lock in self._locks[1:]
+            if not _is_intact(lock)
+        ]
+        weak += [f"tasks wait for each other: {', '.join(circle)}" for circle in dispatcher.circles[:MOST_TOLD]]
         if dispatcher.breaker_state() is not BreakerState.CLOSED:
             weak.append(f"the circuit breaker is {dispatcher.breaker_state().value}")
         if dispatcher.paused_until > time.time():
             weak.append(f"a quota is used up; it goes on at {rfc3339(dispatcher.paused_until)}")
-        return ("degraded" if weak else "healthy"), tuple(weak)
+        return ("degraded" if weak else "healthy"), (*weak, *self._blocked_for_ever())
+
+    def _is_alone(self) -> bool:
+        """Whether no other worker of this name can have started. If one can, this one takes no more, and ends."""
+        own = self._locks[0]
+        # With the whole root away, nobody can start in it. It may go and come back between two looks.
+        if not self._lost_lock and not _is_intact(own) and self.root.is_dir() and not _is_intact(own):
+            self._lost_lock = (
+                f"the lock file {own.path} was removed or replaced, so that another worker of this name may have "
+                "started; this one ends: start it anew, and leave the file alone"
+            )
+            log.error("%s", self._lost_lock)
+            self._emit(WorkerTrouble(worker=self.name, what="lock", error=self._lost_lock))
+            self.drain()
+        return not self._lost_lock
+
+    async def _look_for_hopeless(self) -> None:
+        """Which of those that others wait for have ended, and not completed. A dead letter may be tried again."""
+        if trio.current_time() < self._hopeless_at:
+            return
+        self._hopeless_at = trio.current_time() + self.settings.heartbeat_interval
+        wanted = {each for ids in self._dispatcher.blocked.values() for each in ids}
+        try:
+            self._hopeless = await in_thread(_ended, self._spool, sorted(wanted)[:MOST_WANTED]) if wanted else {}
+        except OSError as error:
+            self._hopeless = {}
+            log.warning("whether tasks wait in vain is not known: %s", told(error))
+
+    def _blocked_for_ever(self) -> list[str]:
+        """That is no trouble of the worker's."""
+        reasons: list[str] = []
+        for task_id, ids in self._dispatcher.blocked.items() if self._hopeless else ():
+            for other in self._hopeless.keys() & {*ids}:
+                reason = f"task {task_id} waits for {other}, which did not complete: {self._hopeless[other]}"
+                if task_id not in self._warned:
+                    self._warned.add(task_id)
+                    log.warning("%s; retry that one, or remove this", reason)
+                reasons.append(reason)
+        return sorted(reasons)[:MOST_TOLD]
 
     async def _turns(self) -> bool:
         """Whether the dispatcher's loop goes round when it is woken."""
-        before = self._dispatcher.turns
-        self._dispatcher.wake()
+        dispatcher = self._dispatcher
+        before = dispatcher.turns
+        dispatcher.wake()
         with trio.move_on_after(TURN_TIMEOUT):
-            while self._dispatcher.turns == before:
-                await self._dispatcher.turned()
-        return self._dispatcher.turns != before
+            while dispatcher.turns == before and not dispatcher.over:
+                await dispatcher.turned()
+        return dispatcher.turns != before or dispatcher.over
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, TaskBuried) and event.attempt == 0:
@@ -333,9 +415,9 @@ async def open_worker(
         name: the worker's; one at a time runs under a root. `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
         settings: all bounds; `worker.root` has to be there.
         executor: who runs the jobs; default what `settings.executor` names.
-        spec_of: called with each task and the `JobSpec` made for it; returns the spec to run. A `SuperviseError`
-            from it makes the task a dead letter.
-        observe: called with each task and each event of its job. Must neither raise nor block.
+        spec_of: called with each task and the `JobSpec` made for it; returns the spec to run. An exception from it
+            makes the task a dead letter.
+        observe: called with each task and each event of its job. Must not block. What it raises is logged, once.
         emit: called with each event of the worker, none left out; otherwise as `Worker.subscribe`. Likewise.
 
     Raises:
@@ -353,10 +435,11 @@ async def open_worker(
     await in_thread(spool.create)
     failure: BaseException | None = None
     async with AsyncExitStack() as stack:
-        for number, path in enumerate(_lock_files(spool, settings)):
+        locks: list[InstanceLock] = []
+        for path in _lock_files(spool, settings):
             # The second one is where others look for a pid, and for nothing else.
-            lock = instance.hold(path, timeout=settings.worker.lock_timeout, plain=number > 0)
-            await stack.enter_async_context(lock)
+            lock = instance.hold(path, timeout=settings.worker.lock_timeout, plain=bool(locks))
+            locks.append(await stack.enter_async_context(lock))
         await in_thread(spool.clear_unfinished_beats)
         supervisor: Supervisor | None = None
         if executor is None and settings.executor == "local":
@@ -367,7 +450,8 @@ async def open_worker(
             executor = _executor(settings)
         if settings.worker.workspace is None:
             log.warning("worker %s: no worker.workspace is set: tasks that name no workspace are refused", name)
-        worker = Worker(name, spool, settings, executor, supervisor, spec_of=spec_of, observe=observe, emit=emit)
+        parts = (name, spool, settings, executor, supervisor, locks)
+        worker = Worker(*parts, spec_of=spec_of, observe=observe, emit=emit)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(worker._live, name=f"supervise worker {name}")
@@ -391,6 +475,8 @@ async def open_worker(
 def _spool(name: str, settings: Settings) -> Spool:
     if not isinstance(name, str) or not JOB_ID.fullmatch(name):
         raise SettingsError(f"the worker's name is {name!r}, but must match {JOB_ID.pattern}")
+    if name == ORCHESTRATOR:
+        raise SettingsError(f"the worker's name is {name!r}, whose triggers are those of others; choose another")
     root = settings.worker.root
     if root is None:
         raise SettingsError("a worker needs a root: set worker.root (SUPERVISE_WORKER__ROOT, --root) to a directory")
@@ -416,23 +502,60 @@ def _executor(settings: Settings) -> Executor:
     raise SettingsError(f"executor is {settings.executor!r}, which this version does not have; use local or mock")
 
 
-def job_id_of(worker: str, task_id: str, attempt: int) -> str:
-    """The id of the job for an attempt: its directory is named after it."""
-    plain_id = f"{worker}.{task_id}.{attempt}"
-    if len(plain_id) <= 128:
-        return plain_id
-    digest = hashlib.sha256(f"{worker}/{task_id}".encode()).hexdigest()[:16]
-    return f"{worker[:40]}.{task_id[:40]}.{digest}.{attempt}"
+def job_id_of(worker: str, task_id: str, attempt: int, root: Path | None = None) -> str:
+    """The id of the job for an attempt: its directory is named after it.
+
+    Roots may share a state directory, and both names may hold dots: the digest tells all of them apart.
+    """
+    whole = json.dumps([os.path.realpath(root or ""), worker, task_id])
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{worker[:40]}.{task_id[:70]}.{digest}.{attempt}"
 
 
-def _spec_maker(name: str, settings: Settings, change: Callable[[Task, JobSpec], JobSpec] | None) -> SpecOf:
+def _harmless(told: Callable[P, None], what: str) -> Callable[P, None]:
+    """A function of somebody's own; what it raises is its own, too."""
+    has_raised = False
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        nonlocal has_raised
+        try:
+            told(*args, **kwargs)
+        except Exception as error:
+            if not has_raised:
+                log.error("%s raised, which is told once; it is called on", what, exc_info=error)
+            has_raised = True
+
+    return call
+
+
+def _is_intact(lock: InstanceLock) -> bool:
+    """As far as can be seen: who cannot look there cannot take it."""
+    try:
+        return lock.is_intact
+    except OSError as error:
+        log.debug("the lock file %s: %s", lock.path, error.strerror)
+        return True
+
+
+def _ended(spool: Spool, task_ids: Sequence[str]) -> dict[str, Path]:
+    """Those of the tasks that have ended without having completed, by any worker, and the record of it. Blocking."""
+    found: dict[str, Path] = {}
+    for kind in ("results", "dlq"):
+        for directory in (spool.root / kind).iterdir():
+            records = {task_id: directory / f"{task_id}.json" for task_id in task_ids}
+            found |= {task_id: path for task_id, path in records.items() if os.path.lexists(path)}
+    completed = spool.completed(found)
+    return {task_id: path for task_id, path in found.items() if task_id not in completed}
+
+
+def _spec_maker(name: str, root: Path, settings: Settings, change: Callable[[Task, JobSpec], JobSpec] | None) -> SpecOf:
     def make(task: Task, attempt: int) -> JobSpec:
         if task.script is not None:
             raise BadInput(f"script is {task.script!r}, but this version runs no scripts")
         spec = JobSpec(
             prompt=task.description,
             workspace=_workspace(task, settings),
-            job_id=job_id_of(name, task.task_id, attempt),
+            job_id=job_id_of(name, task.task_id, attempt, root),
             timeout=settings.worker.task_timeout if task.timeout is None else task.timeout,
             labels={"task_id": task.task_id, "worker": name, "attempt": str(attempt)},
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import trio
 
+from supervise import durable
 from supervise.dispatch.backlog import Offer
 from supervise.dispatch.spool import Held, Spool
 from supervise.dispatch.task import Attempt
@@ -24,7 +25,7 @@ from supervise.model import FailureKind, JobResult, JobSpec, Outcome
 from tests.processes.workers import WORKER, eventually, settings_of
 
 #: What changes a file or tells of one. `Path` calls these, too.
-CALLS = ("open", "rename", "unlink", "fsync", "close", "lstat", "stat", "scandir", "listdir", "mkdir", "link")
+CALLS = ("open", "rename", "unlink", "fsync", "close", "lstat", "stat", "scandir", "listdir", "mkdir", "link", "utime")
 ENDS = ("finish", "retry", "bury", "release")
 
 
@@ -39,6 +40,7 @@ class Fate:
     def attach(self) -> None:
         for name in CALLS:
             setattr(os, name, self._deadly(getattr(os, name)))
+        vars(durable)["_renameat2"] = self._deadly(durable._renameat2)
 
     def _deadly(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def deadly(*args: Any, **options: Any) -> Any:

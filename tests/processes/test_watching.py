@@ -75,9 +75,12 @@ async def test_what_nobody_will_close_is_born(tmp_path: Path, kind: str) -> None
 
 async def test_a_file_that_is_removed_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("x")
+    (tmp_path / "b.json").write_text("x")
     with inotify(tmp_path) as watching:
         (tmp_path / "a.json").unlink()
-        assert await hints(watching) == Hints(names=frozenset({"a.json"}))
+        assert await hints(watching) == Hints(gone=frozenset({"a.json"}))
+        (tmp_path / "b.json").rename(tmp_path / "elsewhere")
+        assert await hints(watching) == Hints(gone=frozenset({"b.json"}), names=frozenset({"elsewhere"}))
 
 
 async def test_a_name_that_is_no_text_is_told(tmp_path: Path) -> None:

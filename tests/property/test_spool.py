@@ -94,13 +94,15 @@ class Disk:
             "open": self._opening(kept["open"])
         }
         vars(os).update(ours)
-        vars(durable)["open"] = self._file
+        renameat2 = durable._renameat2
+        vars(durable).update({"open": self._file, "_renameat2": self._renaming(renameat2)})
         _active = self
         try:
             yield self
         finally:
             _active = None
             del vars(durable)["open"]
+            vars(durable)["_renameat2"] = renameat2
             vars(os).update(kept)
         assert not self.unseen, "changes that the test does not see"
 
@@ -112,6 +114,15 @@ class Disk:
                 return real(what, *args, **more)
             finally:
                 self._expected = 0
+
+        return call
+
+    def _renaming(self, real: Callable[[bytes, bytes], int]) -> Callable[[bytes, bytes], int]:
+        """The interpreter tells nothing of a call of the C library."""
+
+        def call(old: bytes, new: bytes) -> int:
+            self.step("rename", os.fsdecode(old))
+            return real(old, new)
 
         return call
 
@@ -304,6 +315,7 @@ class World:
             serial = serial_in(data)
             match seen:
                 case Offer():
+                    seen = attrs.evolve(seen, not_before=max(seen.not_before, seen.retry_at))
                     assert serial is not None
                     assert self.serials[serial].is_valid
                     other = self.names.get(seen.task_id)
@@ -580,7 +592,7 @@ def test_workers_of_two_names_keep_out_of_each_others_way(place: Path, one: list
         for world in worlds:
             world.drive_to_the_end()
         done = {path.stem for path in root.glob("results/*/*.json")}
-        assert worlds[0].spool.completed([*done, "nobody"]) == done
+        assert worlds[0].spool.completed([*done, "nobody"]) == (done, None)
     finally:
         shutil.rmtree(root)
 
@@ -685,6 +697,7 @@ def refuse_everywhere(place: Path, operation: Operation, kind: type[Spool] = Spo
     for at in range(60):
         with prepared(place, operation, kind) as world:
             before = attrs.evolve(Kept(), held=tuple(world.held), refused=world.refused.copy())
+            offer = world.backlog.next(world.now)
             try:
                 with Disk(at, refuses=True).under():
                     operation.do(world)
@@ -693,11 +706,14 @@ def refuse_everywhere(place: Path, operation: Operation, kind: type[Spool] = Spo
                 world.held = list(before.held)
                 world.refused = before.refused
                 world.releases.clear()
-                if not operation.is_claimed and not operation.bad:
-                    world._forget()
-                    world.look(grace_is_over=False)
-                with contextlib.suppress(ClaimLost):  # the file was put back, its directory was not on the disk
-                    operation.do(world)
+                if offer is not None:
+                    held = world.spool.claim(offer.key, offer.task_id)
+                    assert held is not None, "a task that could not be claimed cannot be asked for again"
+                    world.held = [(world.spool, held)]
+                    world.claims[int(held.task.fields["serial"])] += 1
+                else:
+                    with contextlib.suppress(ClaimLost):  # the file was put back, its directory was not on the disk
+                        operation.do(world)
             else:
                 assert at > 1
                 return

@@ -38,14 +38,15 @@ def test_a_task_goes_from_directory_to_directory(spool: Spool) -> None:
     assert spool.look("x.json") == Offer(key="x.json", task_id="a", priority=3, not_before=5.0)
     held = taken(spool)
     assert os.listdir(spool.running) == ["a.json"]
-    name = spool.retry(held, (Attempt(attempt=1),), 77.0)
+    name = spool.retry(held, (Attempt(attempt=1),), 77.0, 7.0)
     assert name == "a~retry.json"
-    assert spool.look(name) == Offer(key=name, task_id="a", priority=3, not_before=77.0, attempts=1)
+    again = Offer(key=name, task_id="a", priority=3, not_before=5.0, attempts=1, retry_at=77.0, pause=7.0)
+    assert spool.look(name) == again
     held = taken(spool, name)
     assert held.attempts == (Attempt(attempt=1),)
     spool.finish(held, {"task_id": "a", "status": "completed"})
     assert (os.listdir(spool.running), os.listdir(spool.tasks)) == ([], [])
-    assert spool.completed(["a", "b"]) == {"a"}
+    assert spool.completed(["a", "b"]) == ({"a"}, None)
 
 
 def test_what_may_be_a_task_by_its_name(spool: Spool) -> None:

@@ -14,10 +14,10 @@ from supervise.dispatch.task import (
     STATE_KEY,
     Attempt,
     Unfinished,
+    Waited,
     fields_of,
     parse,
     waited,
-    waiting,
 )
 from supervise.errors import BadInput
 
@@ -154,12 +154,12 @@ def test_a_task_does_not_wait_for_itself() -> None:
 def test_what_came_before_survives_the_wait() -> None:
     task = parse(data(colour="red"))
     attempts = (Attempt(attempt=1, job_id="j", started=1.5, ended=2.25, failure_kind="network", error="\u00fc"),)
-    fields, again, at, claim = waited(json.loads(json.dumps(waiting(task, attempts, at=12.5, claim="t"))))
-    assert (fields, again, at, claim) == (dict(task.fields), attempts, 12.5, "t")
+    state = Waited(fields=dict(task.fields), attempts=attempts, at=12.5, pause=3.0, claim="t")
+    assert waited(json.loads(json.dumps(state.to_fields()))) == state
 
 
 def test_without_a_state_nothing_came_before() -> None:
-    assert waited({"task_id": "a"}) == ({"task_id": "a"}, (), 0.0, "")
+    assert waited({"task_id": "a"}) == Waited(fields={"task_id": "a"})
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,18 @@ def test_without_a_state_nothing_came_before() -> None:
     [
         "3",
         "{}",
-        '{"attempts": [3], "at": 0, "claim": ""}',
-        '{"attempts": 3, "at": 0, "claim": ""}',
-        '{"attempts": [], "at": "soon", "claim": ""}',
-        '{"attempts": [], "at": 1e999, "claim": ""}',
-        '{"attempts": [], "at": 1' + "0" * 400 + ', "claim": ""}',
-        json.dumps({"attempts": [ATTEMPT] * (MOST_ATTEMPTS + 1), "at": 0, "claim": ""}),
-        json.dumps({"attempts": [{**ATTEMPT, "started": "0001-01-01T00:00:00+10:00"}], "at": 0, "claim": ""}),
-        json.dumps({"attempts": [{**ATTEMPT, "ended": "0001-01-01T00:00:00"}], "at": 0, "claim": ""}),
-        json.dumps({"attempts": [{**ATTEMPT, "ended": "9999-12-31T23:59:59-23:00"}], "at": 0, "claim": ""}),
-        json.dumps({"attempts": [{**ATTEMPT, "attempt": 7}], "at": 0, "claim": ""}).replace("7", "1e999"),
+        '{"attempts": [3], "at": 0, "pause": 1, "claim": ""}',
+        '{"attempts": 3, "at": 0, "pause": 1, "claim": ""}',
+        '{"attempts": [], "at": "soon", "pause": 1, "claim": ""}',
+        '{"attempts": [], "at": 1e999, "pause": 1, "claim": ""}',
+        '{"attempts": [], "at": 1' + "0" * 400 + ', "pause": 1, "claim": ""}',
+        json.dumps({"attempts": [ATTEMPT] * (MOST_ATTEMPTS + 1), "at": 0, "pause": 1, "claim": ""}),
+        json.dumps(
+            {"attempts": [{**ATTEMPT, "started": "0001-01-01T00:00:00+10:00"}], "at": 0, "pause": 1, "claim": ""}
+        ),
+        json.dumps({"attempts": [{**ATTEMPT, "ended": "0001-01-01T00:00:00"}], "at": 0, "pause": 1, "claim": ""}),
+        json.dumps({"attempts": [{**ATTEMPT, "ended": "9999-12-31T23:59:59-23:00"}], "at": 0, "pause": 1, "claim": ""}),
+        json.dumps({"attempts": [{**ATTEMPT, "attempt": 7}], "at": 0, "pause": 1, "claim": ""}).replace("7", "1e999"),
     ],
 )
 def test_a_state_that_no_worker_wrote_is_refused(state: str) -> None:
