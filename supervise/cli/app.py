@@ -306,7 +306,9 @@ def submit(
 
     fields: dict[str, Any] = {
         "task_id": task_id or new_job_id(),
-        "description": run_command.read_prompt("-" if description == STANDARD_INPUT else description),
+        "description": run_command.read_prompt(
+            "-" if description == STANDARD_INPUT else description, f"supervise submit {worker}"
+        ),
         "worker": worker,
         "priority": _whole(priority),
         "dependencies": depends_on,

@@ -48,12 +48,12 @@ async def run(spec: JobSpec, settings: Settings, json: bool, *, console: Console
     return exit_codes.of_result(job.result_nowait(), signals.ended_by)
 
 
-def read_prompt(words: str | None) -> str:
-    """The prompt of the command line; `-` and nothing mean standard input."""
+def read_prompt(words: str | None, example: str = "supervise run") -> str:
+    """The prompt of the command line; `-` and nothing mean standard input. `example` is the command that asks."""
     if words is not None and words != "-":
         return words
     if sys.stdin is None or (words is None and sys.stdin.isatty()):
-        raise SpecError('no prompt was given; write one, as in: supervise run "Add tests for the parser."')
+        raise SpecError(f'no prompt was given; write one, as in: {example} "Add tests for the parser."')
     data = sys.stdin.buffer.read()
     try:
         return data.decode()

@@ -145,7 +145,7 @@ async def _task_log(
             if log.has_begun_again():
                 del shown[number + 1 :]
                 return log
-        log = Log(jobs / job_id_of(name, task, len(shown) + 1), stream, stdout)
+        log = Log(jobs / job_id_of(name, task, len(shown) + 1, root), stream, stdout)
         if not log.is_there() or (shown and log.is_older_than(shown[-1])):
             return None
         shown.append(log)
@@ -155,7 +155,7 @@ async def _task_log(
         over = not follow or await trio.to_thread.run_sync(has_ended)
         while (log := next_log()) is not None:
             say(console, f"supervise: attempt {len(shown)} ({log.directory})", "dim")
-            after = Log(jobs / job_id_of(name, task, len(shown) + 1), stream, stdout)
+            after = Log(jobs / job_id_of(name, task, len(shown) + 1, root), stream, stdout)
 
             def is_over(log: Log = log, after: Log = after) -> bool:
                 # A worker that was killed has left no end of its attempt.

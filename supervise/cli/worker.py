@@ -48,7 +48,7 @@ async def run(name: str, settings: Settings, json: bool, *, console: Console) ->
         return exit_codes.COMPLETED
     if ending.step > 1 and signals.ended_by is not None:
         return exit_codes.of_signal(signals.ended_by)
-    return exit_codes.FAILED if worker.put_back else exit_codes.COMPLETED
+    return exit_codes.FAILED if worker.put_back or worker.unpublished else exit_codes.COMPLETED
 
 
 @final

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from supervise.dispatch.worker import job_id_of
+
 FAKE = Path(__file__).with_name("fake_claude.py")
 LIMIT = 40.0  # seconds, for anything
 MARK = "SUPERVISE_MARK"
@@ -315,7 +317,7 @@ class Root:
 
     def is_at_work(self, task_id: str, words: str = "", attempt: int = 1, worker: str = "w1") -> bool:
         """Whether an attempt's agent has printed these words."""
-        log = self.cli.state / "jobs" / f"{worker}.{task_id}.{attempt}" / "agent.stdout.log"
+        log = self.cli.state / "jobs" / job_id_of(worker, task_id, attempt, self.path) / "agent.stdout.log"
         return log.exists() and words in log.read_text()
 
     def go(self, name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from supervise.cli.stdout import Stdout
 from supervise.cli.tasks import Log
+from supervise.dispatch.worker import job_id_of
 from tests.cli.conftest import Cli, Root, refused
 from tests.cli.test_worker_cli import stop, stop_twice
 
@@ -37,12 +38,13 @@ def test_logs_tell_of_all_attempts_while_they_run_and_afterwards(root: Root) -> 
     follows.line_with("three")
     done = follows.end()
     assert (done.code, done.out) == (0, "")
-    attempts = [f"supervise: attempt {n} ({root.cli.state}/jobs/w1.t1.{n})" for n in (1, 2)]
+    ids = [job_id_of("w1", "t1", n, root.path) for n in (1, 2)]
+    attempts = [f"supervise: attempt {n} ({root.cli.state}/jobs/{ids[n - 1]})" for n in (1, 2)]
     assert done.err.splitlines() == attempts
     done = errors.end()
     assert (done.code, done.out) == (0, "oh\noh\n")
     assert gone.process.wait(20) == 141
-    after, job, early = root.many([["logs", name] for name in ("t1", "w1.t1.1", "late")])
+    after, job, early = root.many([["logs", name] for name in ("t1", ids[0], "late")])
     assert (after.code, after.out.count('"one"'), after.out.count("three")) == (0, 2, 1)
     assert (job.code, job.out.count('"one"'), job.out.count('"two"'), job.err) == (0, 1, 0, "")
     refused(early, ["late"], 1, "task late of worker w1 has no log under")
