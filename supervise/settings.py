@@ -229,7 +229,7 @@ class WorkerSettings:
         metadata=_told("directories under which a task's workspace may lie"),
     )
     max_concurrent: int = _setting(3, "jobs at a time", validator=_r.count(1))
-    max_attempts: int = _setting(3, "attempts at a task", validator=_r.count(1))
+    max_attempts: int = _setting(3, "attempts at a task", validator=_r.count(1, 100))
     backoff_base: float = _seconds(1.0, "first pause before a retry")
     backoff_cap: float = _seconds(300.0, "longest pause before a retry")
     lock_file: Path | None = field(

@@ -88,6 +88,7 @@ class FakeSource:
         self.results: dict[str, Mapping[str, Any]] = {}
         self.dead_letters: dict[str, Mapping[str, Any]] = {}
         self.lost: set[str] = set()
+        self.released: set[str] = set()  # no job could be run for them: all others come first
         self.claims: list[Claimed] = []
         self.log: list[tuple[float, str, str]] = []
         self.most = 0
@@ -108,7 +109,8 @@ class FakeSource:
 
     def put(self, task: Task, attempts: tuple[Attempt, ...] = (), at: float = 0.0) -> None:
         self._numbers += 1
-        self.waiting[task.task_id] = Waiting(task, attempts, at, trio.current_time(), self._numbers)
+        comes_last = task.task_id in self.released
+        self.waiting[task.task_id] = Waiting(task, attempts, at, trio.current_time(), self._numbers, comes_last)
         self._say(Arrived(self._offer(task.task_id)))
 
     def submit(self, task_id: str, **fields: Any) -> None:
@@ -245,6 +247,7 @@ class FakeClaim:
 
     async def release(self) -> None:
         await self._end("release")
+        self._source.released.add(self.task.task_id)
         self._source.put(self.task, self.attempts)
         self._source.note("release", self.task.task_id)
 
@@ -346,6 +349,8 @@ class Stage:
         wall: Wall | None = None,
         chance: Callable[[], float] = lambda: 0.0,
         spec_of: Callable[[Task, int], JobSpec] = spec_of,
+        may_claim: Callable[[], bool] = lambda: True,
+        first_look: float = 0.0,
         **source: Any,
     ) -> None:
         self.wall = wall or Wall()
@@ -368,6 +373,8 @@ class Stage:
             max_concurrent=max_concurrent,
             spec_of=spec_of,
             emit=self.events.append,
+            may_claim=may_claim,
+            first_look=first_look,
             now=self.wall,
             chance=chance,
         )

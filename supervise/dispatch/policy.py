@@ -88,9 +88,13 @@ class Policy:
             return Bury(kind.value)
         return self.after_failure(task, attempt, now=now, chance=chance)
 
+    def limit(self, task: Task) -> int:
+        """How many attempts at the task there may be."""
+        return task.max_attempts or self.max_attempts
+
     def after_failure(self, task: Task, attempt: int, *, now: float, chance: float) -> Retry | Bury:
         """What becomes of a task after a failure that another attempt may not have: a worker's death, for one."""
-        if attempt >= (task.max_attempts or self.max_attempts):
+        if attempt >= self.limit(task):
             return Bury(MAX_RETRIES)
         return Retry(now + self.backoff.pause(attempt, chance))
 

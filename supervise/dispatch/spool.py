@@ -262,8 +262,15 @@ class Spool:
         if held is None or held.task.task_id != task_id:  # changed since it was looked at
             self._put_back(running, name.removesuffix(TASK))
             held = None
-        del self._begun[task_id]
+        self._begun.pop(task_id, None)
         return held
+
+    def give_up_begun(self) -> None:
+        """Put back what was claimed by half: nobody will ask for it again."""
+        for task_id, name in tuple(self._begun.items()):
+            with suppress(FileNotFoundError):
+                self._put_back(self.running / f"{task_id}.json", name.removesuffix(TASK))
+            self._begun.pop(task_id, None)
 
     def finish(self, held: Held, record: Mapping[str, Any]) -> None:
         """Publish the result. Raises ClaimLost."""

@@ -219,6 +219,10 @@ class Worker:
         finally:
             with trio.CancelScope(shield=True):
                 self._dispatcher.draining = True
+                try:
+                    await in_thread(self._spool.give_up_begun)
+                except OSError as error:  # the next start finds it
+                    log.error("a task that was claimed by half could not be put back: %s", told(error))
                 await self._beat_once(stopped=True)
             self._bus.close()
             self._stopped.set()
@@ -502,12 +506,12 @@ def _executor(settings: Settings) -> Executor:
     raise SettingsError(f"executor is {settings.executor!r}, which this version does not have; use local or mock")
 
 
-def job_id_of(worker: str, task_id: str, attempt: int, root: Path | None = None) -> str:
+def job_id_of(worker: str, task_id: str, attempt: int, root: Path) -> str:
     """The id of the job for an attempt: its directory is named after it.
 
     Roots may share a state directory, and both names may hold dots: the digest tells all of them apart.
     """
-    whole = json.dumps([os.path.realpath(root or ""), worker, task_id])
+    whole = json.dumps([os.path.realpath(root), worker, task_id])
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return f"{worker[:40]}.{task_id[:70]}.{digest}.{attempt}"
 
@@ -544,7 +548,7 @@ def _ended(spool: Spool, task_ids: Sequence[str]) -> dict[str, Path]:
         for directory in (spool.root / kind).iterdir():
             records = {task_id: directory / f"{task_id}.json" for task_id in task_ids}
             found |= {task_id: path for task_id, path in records.items() if os.path.lexists(path)}
-    completed = spool.completed(found)
+    completed, _ = spool.completed(found)
     return {task_id: path for task_id, path in found.items() if task_id not in completed}
 
 

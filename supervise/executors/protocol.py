@@ -29,7 +29,10 @@ class Executor(Protocol):
             The result, whatever the outcome.
 
         Raises:
-            SuperviseError: the job could not be run at all: wrong use, or an executor that is closed.
+            SpecError, BadInput: it cannot be run, and never will be.
+            SuperviseError: it could not be run at all now: a directory that cannot be written, an executor that is
+                closed.
 
-        Cancelling ends the job, waits for its bounded teardown, and propagates.
+        Cancelling ends the job, waits for its bounded teardown, and propagates. But a job that had come to its own
+        end by then is not lost: its result is returned.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from attrs import evolve
 
 from supervise import BadInput, MockAgent, SettingsError, SuperviseError
@@ -20,12 +22,23 @@ from supervise.dispatch import worker as worker_module
 from supervise.dispatch.dispatcher import Dispatcher
 from supervise.dispatch.spool import Spool
 from supervise.dispatch.task import Task
-from supervise.dispatch.worker import Worker, open_worker
+from supervise.dispatch.worker import Worker, job_id_of, open_worker
 from supervise.errors import AlreadyRunning
-from supervise.events import Event, TaskBuried, TaskClaimed, TaskFinished, TaskPutBack, TaskReceived, TaskRetried
+from supervise.events import (
+    Event,
+    TaskBuried,
+    TaskClaimed,
+    TaskFinished,
+    TaskPutBack,
+    TaskReceived,
+    TaskRetried,
+    WorkerChanged,
+    WorkerTrouble,
+)
 from supervise.executors.mock import MockExecutor
-from supervise.model import JobResult, JobSpec, Usage
-from supervise.settings import AgentSettings, BreakerSettings
+from supervise.model import JOB_ID, JobResult, JobSpec, Usage
+from supervise.settings import AgentSettings, BreakerSettings, IndexSettings
+from tests.processes.fake_cidx import FakeCidx
 from tests.processes.lone import Programs
 from tests.processes.workers import WORKER, Files, Gate, eventually, made_up, playing, settings_of, status, task
 
@@ -126,6 +139,18 @@ async def test_one_at_a_time_the_urgent_first_and_then_as_they_came(files: Files
     assert gate.begun == ["first", "c", "d", "b", "e", "a"]
 
 
+async def test_the_urgent_among_hundreds_that_lie_there_comes_first(files: Files, root: Path) -> None:
+    """It is not among the first that are looked at."""
+    gate = Gate()
+    for number in range(600):
+        (files.tasks / f"t{number}.json").write_bytes(task(f"t{number}"))
+    files.drop("urgent", priority="urgent")
+    async with open_worker(WORKER, settings=settings_of(root, max_concurrent=1), executor=gate.executor()) as worker:
+        await eventually(lambda: gate.begun, "one runs")
+        assert gate.begun == ["urgent"]
+        worker.cancel()
+
+
 async def test_a_task_waits_for_those_it_depends_on(files: Files, root: Path) -> None:
     gate = Gate()
     async with open_worker(WORKER, settings=settings_of(root), executor=gate.executor()) as worker:
@@ -222,7 +247,7 @@ async def test_a_result_says_all_that_is_known(files: Files, root: Path) -> None
         "duration_seconds": 1.5,
         "retry_count": 0,
         "attempt": 1,
-        "job_id": "w1.t.1",
+        "job_id": job_id_of(WORKER, "t", 1, root),
         "session_id": "s1",
         "usage": {"input_tokens": 3, "output_tokens": 4, "cache_read_tokens": 5, "cache_creation_tokens": 6},
         "cost_usd": 0.25,
@@ -247,8 +272,8 @@ async def test_jobs_run_under_a_supervisor_of_the_worker(files: Files, root: Pat
         files.drop("t", "shout")
         found = await files.ended("t")
     assert (found["status"], found["text"], found["cost_usd"], found["exit_code"]) == ("completed", "SHOUT", 0.5, 0)
-    assert found["job_id"] == "w1.t.1"
-    assert (root / "state" / "jobs" / "w1.t.1").is_dir()
+    assert found["job_id"] == job_id_of(WORKER, "t", 1, root)
+    assert (root / "state" / "jobs" / found["job_id"]).is_dir()
     assert {task_id for task_id, _ in seen} == {"t"}
 
 
@@ -458,8 +483,9 @@ async def test_the_heartbeat_says_how_it_fares(files: Files, root: Path) -> None
     assert (beat["status"], beat["stopped"], beat["stats"]["tasks_processed"]) == ("draining", True, 2)
 
 
+@pytest.mark.parametrize("draining", [False, True])
 async def test_a_dispatcher_that_is_stuck_is_unhealthy(
-    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch
+    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch, draining: bool
 ) -> None:
     stuck = trio.Event()
     take_in = Dispatcher._take_in
@@ -474,7 +500,13 @@ async def test_a_dispatcher_that_is_stuck_is_unhealthy(
     async with open_worker(WORKER, settings=settings_of(root), executor=playing()) as worker:
         await status(worker, "healthy")
         stuck.set()
-        await status(worker, "unhealthy", "did not go round")
+        if draining:
+            gate = worker._dispatcher.turns
+            worker._dispatcher.wake()  # it hangs before it hears of the drain
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert worker._dispatcher.turns == gate
+            worker.drain()
+        await status(worker, "unhealthy", "did not go round", *(["it ends when"] if draining else []))
         await eventually(lambda: files.heartbeat()["status"] == "unhealthy", "the heartbeat says so")
         worker.cancel()  # a drain would wait for the loop for ever
 
@@ -536,7 +568,155 @@ async def test_a_used_up_quota_pauses_and_counts_nothing(files: Files, root: Pat
     assert asked == ["1", "1"]
 
 
+async def test_a_worker_that_has_not_looked_yet_is_starting(
+    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, names = threading.Event(), Spool.names
+
+    def hang(self: Spool) -> list[str]:
+        go_on.wait(20.0)
+        return names(self)
+
+    monkeypatch.setattr(Spool, "names", hang)
+    events: list[Event] = []
+    settings = settings_of(root, sweep_interval=1.0)
+    async with open_worker(WORKER, settings=settings, executor=playing(), emit=events.append) as worker:
+        await status(worker, "degraded", "it is starting: the directory is looked at")
+        await status(worker, "unhealthy", "was never looked at")
+        go_on.set()
+        await status(worker, "healthy")
+    assert "inf" not in " ".join(text for event in events if isinstance(event, WorkerChanged) for text in event.reasons)
+
+
+async def test_a_heartbeat_that_cannot_be_written_is_told_and_is_no_busier_than_any(
+    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beats, beat = 0, Spool.beat
+
+    def count(self: Spool, record: dict[str, Any]) -> None:
+        nonlocal beats
+        beats += 1
+        beat(self, record)
+
+    monkeypatch.setattr(Spool, "beat", count)
+    settings = settings_of(root, heartbeat_interval=0.1)
+    async with open_worker(WORKER, settings=settings, executor=playing()) as worker:
+        await status(worker, "healthy")
+        place = files.spool.heartbeat.parent
+        shutil.rmtree(place)
+        place.symlink_to("/proc/self")
+        await status(worker, "degraded", f"heartbeat: {files.spool.heartbeat}: ")
+        before = beats
+        await trio.sleep(1.0)
+        assert beats - before <= 12
+        place.unlink()
+        place.mkdir()
+        await status(worker, "healthy")
+        await eventually(lambda: files.heartbeat().get("status") == "healthy", "it is written again")
+    assert len([each for each in caplog.records if each.getMessage().startswith("heartbeat: ")]) == 2
+
+
+async def test_tasks_that_wait_in_vain_are_told_and_are_no_trouble_of_the_worker(
+    files: Files, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_worker(WORKER, settings=settings_of(root), executor=playing()) as worker:
+        files.drop("dead", "auth")
+        files.drop("late", "timed_out")
+        files.drop("a", dependencies=["dead"])
+        files.drop("b", dependencies=["late", "not-yet"])
+        await status(worker, "healthy", "task a waits for dead, which did not complete", "task b waits for late")
+        await eventually(lambda: "waits for late" in " ".join(files.heartbeat()["reasons"]), "the heartbeat says so")
+        assert not any("not-yet" in text for text in worker.reasons)
+        (files.spool.dlq / "dead.json").unlink()
+        files.drop("dead")  # it is tried again
+        await files.ended("a")
+        await eventually(lambda: not any("dead" in text for text in worker.reasons), "it waits in vain no more")
+    told = [each.getMessage() for each in caplog.records if "which did not complete" in each.getMessage()]
+    assert len(told) == 2, "once for each task"
+
+
+async def test_tasks_that_wait_for_each_other_degrade(files: Files, root: Path) -> None:
+    async with open_worker(WORKER, settings=settings_of(root), executor=playing()) as worker:
+        files.drop("c1", dependencies=["c2"])
+        second = files.drop("c2", dependencies=["c1"])
+        reasons = await status(worker, "degraded", "tasks wait for each other: ")
+        assert "c1" in reasons
+        second.unlink()
+        await status(worker, "healthy")
+
+
+async def test_callbacks_that_raise_are_told_once_and_end_nothing(
+    files: Files, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trip(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def with_agent(given: Task, spec: JobSpec) -> JobSpec:
+        if given.task_id == "poison":
+            raise KeyError("x")
+        return evolve(spec, agent=MockAgent(), index=None)
+
+    settings = evolve(settings_of(root), executor="local", containment="process-group")
+    parts = {"spec_of": with_agent, "observe": trip, "emit": trip}
+    async with open_worker(WORKER, settings=settings, **parts):  # type: ignore[arg-type]  # mypy knows no such dict
+        for task_id in ("poison", "a", "b"):
+            files.drop(task_id)
+        for task_id in ("a", "b"):
+            assert (await files.ended(task_id))["status"] == "completed"
+        assert (await files.buried("poison"))["dlq_detail"] == "KeyError: 'x'"
+    told = [each.getMessage().split()[0] for each in caplog.records if each.exc_info and "once" in each.getMessage()]
+    assert sorted(told) == ["emit", "observe"]
+
+
 # --- the end -----------------------------------------------------------------------------------------------
+
+
+async def test_a_job_that_completed_is_not_done_again_because_its_index_takes_long(files: Files, root: Path) -> None:
+    """The worker ends while the index is flushed."""
+    ran: list[str] = []
+    seen: list[str] = []
+
+    def with_agent(given: Task, spec: JobSpec) -> JobSpec:
+        return evolve(spec, agent=MockAgent(steps=(lambda run: ran.append(spec.job_id),)))
+
+    cidx = FakeCidx(str(root), watch={"flush": 1.5})
+    index = IndexSettings(command=cidx.command, mode="cidx", assume_fresh=True, settle_time=0.2, flush_timeout=10.0)
+    settings = evolve(settings_of(root), executor="local", containment="process-group", index=index)
+
+    def observe(given: Task, event: Event) -> None:
+        seen.append(event.type)
+
+    async with open_worker(WORKER, settings=settings, spec_of=with_agent, observe=observe) as worker:
+        files.drop("a")
+        await eventually(lambda: "signal_sent" in seen, "the watch is asked to flush")
+        assert files.result("a") is None
+        worker.cancel()
+        await worker.stopped()
+        assert worker.put_back == 0
+    found = files.result("a")
+    assert found is not None
+    assert (found["status"], len(ran)) == ("completed", 1)
+    assert files.left() == []
+
+
+async def test_a_result_that_cannot_be_published_at_the_end_is_told(
+    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: Spool, *_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    events: list[Event] = []
+    settings = settings_of(root, drain_timeout=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "finish", full)
+        async with open_worker(WORKER, settings=settings, executor=playing(), emit=events.append) as worker:
+            files.drop("a")
+            await status(worker, "degraded", "publication")
+    assert (worker.unpublished, worker.put_back) == (1, 0)
+    assert "task a: what came of its attempt is lost" in caplog.text
+    assert any(isinstance(event, WorkerTrouble) and "is lost" in event.error for event in events)
+    async with open_worker(WORKER, settings=settings_of(root), executor=playing()):
+        assert (await files.ended("a"))["attempt"] == 2
 
 
 async def test_a_drain_waits_for_what_runs_and_takes_nothing_more(files: Files, root: Path) -> None:
@@ -668,6 +848,65 @@ async def test_a_second_worker_of_the_name_is_refused_with_the_pid_of_the_first(
         pass
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_worker_whose_lock_file_is_removed_takes_nothing_more_and_ends(
+    files: Files, root: Path, replaced: bool
+) -> None:
+    gate = Gate()
+    lock = root / "locks" / f"{WORKER}.lock"
+    async with open_worker(WORKER, settings=settings_of(root), executor=gate.executor()) as worker:
+        files.drop("a")
+        await eventually(lambda: gate.begun, "it runs")
+        lock.unlink()
+        if replaced:
+            lock.touch()
+        files.drop("b")
+        await status(worker, "unhealthy", f"the lock file {lock} was removed", "it ends when its tasks have ended")
+        await eventually(lambda: files.heartbeat()["status"] == "unhealthy", "the heartbeat says so")
+        gate.let_go()
+        await worker.stopped()
+        assert files.result("a")
+    assert gate.begun == ["a"]
+    assert [path.name for path in files.tasks.iterdir()] == ["b.json"]
+    assert lock.exists() == replaced, "it is not ours"
+
+
+async def test_the_lock_is_looked_at_before_each_claim(files: Files, root: Path) -> None:
+    """No heartbeat comes in between."""
+    gate = Gate()
+    settings = settings_of(root, heartbeat_interval=600.0)
+    async with open_worker(WORKER, settings=settings, executor=gate.executor()) as worker:
+        await status(worker, "healthy")
+        shutil.rmtree(root / "locks")
+        files.drop("a")
+        with trio.fail_after(20):
+            await worker.stopped()
+    assert gate.begun == []
+    assert [path.name for path in files.tasks.iterdir()] == ["a.json"]
+
+
+async def test_the_lock_file_for_others_is_missed_but_not_needed(files: Files, root: Path) -> None:
+    path = root / "other.lock"
+    async with open_worker(WORKER, settings=settings_of(root, lock_file=path), executor=playing()) as worker:
+        await status(worker, "healthy")
+        path.unlink()
+        await status(worker, "degraded", f"the lock file {path} was removed")
+        files.drop("a")
+        await files.ended("a")
+
+
+async def test_no_two_attempts_have_a_job_of_the_same_id(tmp_path: Path) -> None:
+    """Roots may share a state directory, and all names may hold dots."""
+    (tmp_path / "link").symlink_to(tmp_path / "r1")
+    names = [("a", "b.1", 1), ("a.b", "1", 1), ("a", "b", 1), ("a", "b", 11), ("a", "b.1", 11)]
+    names += [("w" * 128, letter + "t" * 127, 100) for letter in "xy"] + [("w" * 128, "t" * 127 + "x", 100)]
+    ids = [job_id_of(*name, tmp_path / root) for name in names for root in ("r1", "r2")]
+    assert len(set(ids)) == len(ids)
+    assert all(JOB_ID.fullmatch(each) for each in ids)
+    assert job_id_of("w", "t", 1, tmp_path / "link") == job_id_of("w", "t", 1, tmp_path / "r1")
+    assert job_id_of("w", "t", 1, tmp_path / "r1").startswith("w.t.")
+
+
 async def test_a_lock_file_for_others_holds_the_pid_alone(files: Files, root: Path) -> None:
     path = root / "sparkq-main.lock"
     async with open_worker(WORKER, settings=settings_of(root, lock_file=path), executor=playing()):
@@ -678,7 +917,7 @@ async def test_a_lock_file_for_others_holds_the_pid_alone(files: Files, root: Pa
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", ["", "../w", ".w", "a/b", "w\n", "ü", "x" * 129])
+@pytest.mark.parametrize("name", ["", "../w", ".w", "a/b", "w\n", "ü", "x" * 129, "orchestrator"])
 async def test_a_worker_has_a_plain_name(root: Path, name: str) -> None:
     with pytest.raises(SettingsError, match="worker's name"):
         async with open_worker(name, settings=settings_of(root), executor=playing()):

@@ -182,6 +182,22 @@ class Life:
         self.drained = min(self.drained, trio.current_time())
         self.stage.dispatcher.drain()
 
+    def counted_refusals(self) -> list[Ran]:
+        """Of the jobs that could not be run, those that were somebody's attempt: the next one has another number."""
+        source, found = self.stage.source, list[Ran]()
+        for name in self.named:
+            ran = [one for one in self.stage.executor.ran if one.task_id == name]
+            last = len(source.dead_letters.get(name, {}).get("attempts", ()))
+            for place in (source.waiting, source.running):
+                last = max(last, len(place[name].attempts) if name in place else 0)
+            following = [*(one.attempt for one in ran[1:]), last + 1]
+            found += [
+                one
+                for one, number in zip(ran, following, strict=False)
+                if one.act.gives is NoJob and number > one.attempt
+            ]
+        return found
+
     idle_turns = 0
 
     def _is_over(self) -> bool:
@@ -252,7 +268,7 @@ def check_attempts(life: Life) -> None:
     for name, each in life.named.items():
         ran = [one for one in life.stage.executor.ran if one.task_id == name]
         assert all(one.attempt <= LIMIT for one in ran)
-        counted = [one for one in ran if counts(one)]
+        counted = [one for one in ran if counts(one, life)]
         before = each.attempts + each.is_dead
         numbers = [one.attempt for one in counted]
         assert numbers == [*range(before + 1, before + 1 + len(counted))], "each is counted, and counted once"
@@ -264,13 +280,15 @@ def check_attempts(life: Life) -> None:
             assert result["attempt"] == before + len(counted) <= LIMIT
         jumped = any(by > 0 for _, by in life.scene.jumps)
         for one, following in itertools.pairwise(ran):
-            if counts(one) and not jumped:
+            if counts(one, life) and not jumped:
                 assert one.ended is not None
                 assert following.began >= one.ended + 0.75 * 2 ** (one.attempt - 1) - 0.5 - 11 * life.scene.crumb
 
 
-def counts(ran: Ran) -> bool:
-    return ran.ended is not None and ran.act.gives not in (FailureKind.QUOTA, NoJob)
+def counts(ran: Ran, life: Life) -> bool:
+    if ran.act.gives is NoJob:  # it does if others ran since the last time
+        return ran in life.counted_refusals()
+    return ran.ended is not None and ran.act.gives is not FailureKind.QUOTA
 
 
 def check_breaker(life: Life) -> None:
@@ -318,8 +336,9 @@ def check_quota(life: Life) -> None:
         if ran.ended is not None and ran.act.gives is FailureKind.QUOTA:
             pause = 300.0 if ran.act.reset_after is None or ran.act.reset_after == 0 else ran.act.reset_after
             for claimed in life.stage.source.claims:
-                if claimed.at > ran.ended:
-                    assert claimed.wall >= ran.wall + min(pause, 3600) - 0.1, "the quota is used up"
+                if claimed.at > ran.ended:  # the clock on the wall may be set back meanwhile
+                    waited = max(claimed.wall - ran.wall, claimed.at - ran.ended)
+                    assert waited >= min(pause, 3600) - 0.1, "the quota is used up"
 
 
 def check_signals(life: Life) -> None:
@@ -333,7 +352,7 @@ def check_signals(life: Life) -> None:
     if not scene.troubles:
         assert not source.running
     for name in source.waiting:
-        counted = [ran for ran in life.stage.executor.ran if ran.task_id == name and counts(ran)]
+        counted = [ran for ran in life.stage.executor.ran if ran.task_id == name and counts(ran, life)]
         each = life.named[name]
         assert len(source.waiting[name].attempts) == each.attempts + each.is_dead + len(counted)
 

@@ -27,6 +27,9 @@ from tests.index_fakes import BAD, NEVER, OK, READY, Act, Drive, Plan, Ran, Stuc
 KILL_WAIT = 5.0
 STOP_SECONDS = 0.07  # of `cidx stop`
 
+#: A fake clock that jumps from deadline to deadline adds up floats, in seconds.
+ROUNDING = 1e-9
+
 
 # --- scenes ------------------------------------------------------------------------------------------------
 
@@ -378,9 +381,9 @@ def check_start_of_agent(run: Drive, scene: Scene) -> None:
         assert scene.cancels
         assert min(scene.cancels) <= go
         return
-    assert run.agent_began <= go
+    assert run.agent_began <= go + ROUNDING
     alive = [ran for ran in run.trees.runs if ran.began < run.agent_began < ran.ended]
-    assert run.agent_began == go or not alive
+    assert abs(run.agent_began - go) <= ROUNDING or not alive
 
 
 def check_flush(run: Drive, scene: Scene) -> None:
@@ -473,7 +476,7 @@ def check_mark(run: Drive, scene: Scene) -> None:
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(QUIET, max_examples=400)
+@settings(QUIET, max_examples=250)
 @given(scenes)
 def test_what_becomes_of_the_index(scene: Scene) -> None:
     event(check(scene))

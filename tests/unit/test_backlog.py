@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from supervise.dispatch.backlog import Backlog, Offer
+import pytest
+
+from supervise.dispatch.backlog import MOST_TOLD, Backlog, Offer
 
 
 def offer(name: str, **more: object) -> Offer:
@@ -87,3 +89,60 @@ def test_what_was_removed_takes_no_room_for_ever() -> None:
     for number in range(10_000):
         backlog.add(offer("a", not_before=float(number)))
     assert len(backlog._ready) + len(backlog._delayed) < 100
+
+
+def test_one_that_goes_back_takes_its_place_again() -> None:
+    backlog = Backlog()
+    for name in ("a", "b", "c"):
+        backlog.add(offer(name))
+    arrival = backlog.arrival("b.json")
+    backlog.remove("b.json")
+    backlog.add(offer("b"), arrival=arrival)
+    backlog.add(offer("d"))
+    assert drained(backlog) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("names", ["ab", "abc", "abcdefgh"])
+def test_those_that_wait_for_each_other_are_found_when_the_last_one_comes(names: str) -> None:
+    backlog = Backlog()
+    pairs = [*zip(names, names[1:] + names[0], strict=True)]
+    for name, other in pairs:
+        assert backlog.circles == ()
+        backlog.add(offer(name), missing=[other, "z"])
+    (circle,) = backlog.circles
+    assert sorted(circle) == sorted(names)
+    assert {*zip(circle, circle[1:] + circle[:1], strict=True)} == {*pairs}
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_circle_that_is_broken_is_none(leaves: bool) -> None:
+    backlog = Backlog()
+    backlog.add(offer("a"), missing=["b"])
+    backlog.add(offer("b"), missing=["a"])
+    if leaves:
+        backlog.remove("a.json")
+    else:
+        backlog.completed("a")
+    assert backlog.circles == ()
+
+
+def test_a_chain_and_a_diamond_are_no_circles() -> None:
+    backlog = Backlog()
+    for name, missing in [("d", "bc"), ("c", "a"), ("b", "a"), ("a", "z")]:
+        backlog.add(offer(name), missing=[*missing])
+    assert backlog.circles == ()
+
+
+def test_a_search_for_circles_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervise.dispatch.backlog.MOST_STEPS", 5)
+    backlog = Backlog()
+    for name, other in ("ab", "bc", "cd", "de", "ef", "fg", "ga"):
+        backlog.add(offer(name), missing=[other])
+    assert backlog.circles == ()
+
+
+def test_a_hundred_of_the_blocked_are_told_of() -> None:
+    backlog = Backlog()
+    for number in range(MOST_TOLD + 50):
+        backlog.add(offer(f"t{number}"), missing=["x"])
+    assert len(backlog.blocked) == MOST_TOLD == 100

@@ -186,6 +186,24 @@ async def test_a_claim_that_was_refused_goes_on_where_it_was_broken_off(
         assert os.listdir(spool.running) == []
 
 
+async def test_a_claim_that_nobody_asks_for_again_is_put_back(
+    spool: Spool, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(make()) as ear:
+        put(spool, "a.json", "x")
+        offer = await ear.arrival("x")
+
+        def refuse(path: Path) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("supervise.durable.sync_directory", refuse)
+            with pytest.raises(SourceTrouble, match="ulimit"):
+                await ear.source.claim(offer)
+        spool.give_up_begun()
+    assert (os.listdir(spool.running), os.listdir(spool.tasks)) == ([], ["a.json"])
+
+
 async def test_a_file_of_the_same_name_is_news_while_the_first_is_claimed(
     spool: Spool, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,14 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from supervise.dispatch.backlog import Offer
 from supervise.dispatch.breaker import BreakerState
-from supervise.dispatch.task import Attempt, of_fields
-from supervise.errors import SpecError
+from supervise.dispatch.source import Arrived, Vanished
+from supervise.dispatch.task import Attempt, Task, of_fields
+from supervise.errors import BadInput, SpecError
 from supervise.events import TaskBuried, TaskClaimed, TaskFinished, TaskPutBack, TaskRetried, WorkerTrouble
-from supervise.model import FailureKind, Outcome
-from tests.dispatch_fakes import START, Act, NoJob, Stage, Wall
+from supervise.model import FailureKind, JobSpec, Outcome
+from tests.dispatch_fakes import START, Act, FakeClaim, NoJob, Stage, Wall, spec_of
 
 OVERLOADED = Act(1.0, FailureKind.OVERLOADED)
 QUOTA = Act(1.0, FailureKind.QUOTA)
@@ -25,7 +27,7 @@ QUOTA = Act(1.0, FailureKind.QUOTA)
 @asynccontextmanager
 async def running(stage: Stage) -> AsyncIterator[None]:
     """The dispatcher runs in this block, and is drained at its end."""
-    with trio.fail_after(1e6):
+    with trio.fail_after(2e5):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stage.dispatcher.run)
             yield
@@ -358,3 +360,229 @@ async def test_no_more_at_a_time_than_allowed(autojump_clock: MockClock) -> None
         await stage.source.until(lambda: len(stage.source.results) == 10)
     assert stage.executor.most == stage.source.most == 3
     assert trio.current_time() == pytest.approx(math.ceil(10 / 3))
+
+
+# --- trouble, and what it must not do ------------------------------------------------------------------------
+
+
+async def test_claims_that_are_refused_hold_the_worker_and_not_each_task(autojump_clock: MockClock) -> None:
+    stage = Stage(max_concurrent=1, troubles={"claim": range(8)})
+    async with running(stage):
+        for number in range(100):
+            stage.source.submit(f"t{number:02}")
+        await trio.sleep(20)
+        assert len(stage.source.claims) <= 7, "it asked for each of them"
+        await stage.source.until(lambda: len(stage.source.results) == 100)
+    assert [ran.task_id for ran in stage.executor.ran] == [f"t{number:02}" for number in range(100)], "by arrival"
+    assert not stage.dispatcher.troubles
+
+
+async def test_after_trouble_one_task_tries_for_all(autojump_clock: MockClock) -> None:
+    stage = Stage(max_concurrent=3, troubles={"claim": range(5)})
+    async with running(stage):
+        for number in range(6):
+            stage.source.submit(f"t{number}")
+        await stage.source.until(lambda: len(stage.source.results) == 6)
+    moments = [claimed.at for claimed in stage.source.claims]
+    assert moments[:3] == [moments[0]] * 3, "nobody knew"
+    assert len(set(moments[3:6])) == 3, "one at a time"
+
+
+async def test_no_job_can_be_run_for_anybody_and_it_costs_no_attempt(autojump_clock: MockClock) -> None:
+    acts = {f"t{number}": [Act(0.0, NoJob)] * 3 + [Act(1.0)] for number in range(3)}
+    stage = Stage(acts, max_attempts=1)
+    async with running(stage):
+        for name in acts:
+            stage.source.submit(name)
+        await stage.source.until(lambda: set(stage.source.results) == set(acts))
+    assert {record["attempt"] for record in stage.source.results.values()} == {1}
+    assert len(stage.executor.ran) == 12
+
+
+async def test_a_task_for_which_alone_no_job_can_be_run_ends_and_keeps_nobody_from_running(
+    autojump_clock: MockClock,
+) -> None:
+    stage = Stage({name: [Act(0.0, NoJob)] for name in ("x", "y")}, max_concurrent=1)
+    async with running(stage):
+        for name in ("x", "y"):
+            stage.source.submit(name, priority="urgent")
+        for number in range(20):
+            stage.source.submit(f"t{number}")
+        await stage.source.until(lambda: len(stage.source.ended()) == 22)
+        assert trio.current_time() < 60
+    for name in ("x", "y"):
+        letter = stage.source.dead_letters[name]
+        assert (letter["dlq_reason"], letter["dlq_detail"]) == ("max_retries_exceeded", "no job could be run")
+        assert len(begins(stage, name)) <= 3 + 2, "uncounted at first, since it might have been the same with others"
+    assert not stage.dispatcher.troubles
+
+
+@pytest.mark.parametrize("kind", [SpecError, BadInput])
+async def test_an_executor_may_refuse_a_task_for_good(autojump_clock: MockClock, kind: type[Exception]) -> None:
+    stage = Stage({"a": [Act(0.0, kind)]})
+    async with running(stage):
+        stage.source.submit("a")
+        await stage.source.until(lambda: "a" in stage.source.dead_letters)
+    assert stage.source.dead_letters["a"]["dlq_reason"] == "invalid_format"
+    assert len(stage.executor.ran) == 1
+    assert not stage.told(WorkerTrouble)
+
+
+async def test_a_bug_of_whoever_makes_the_jobs_is_the_end_of_a_task_and_not_of_the_worker(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trips(task: Task, attempt: int) -> JobSpec:
+        if task.task_id == "poison":
+            raise KeyError("x")
+        return spec_of(task, attempt)
+
+    stage = Stage(spec_of=trips)
+    async with running(stage):
+        stage.source.submit("poison")
+        stage.source.submit("good")
+        await stage.source.until(lambda: stage.source.ended() == {"poison", "good"})
+    letter = stage.source.dead_letters["poison"]
+    assert (letter["dlq_reason"], letter["dlq_detail"]) == ("invalid_format", "KeyError: 'x'")
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+async def test_an_exit_of_whoever_makes_the_jobs_puts_the_task_back_and_propagates(autojump_clock: MockClock) -> None:
+    def leave(task: object, attempt: int) -> JobSpec:
+        raise SystemExit(3)
+
+    stage = Stage(spec_of=leave)
+    stage.source.submit("a")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await stage.dispatcher.run()
+    assert caught.group_contains(SystemExit)
+    assert stage.source.waiting["a"].attempts == ()
+    assert not stage.source.running
+
+
+async def test_a_result_that_cannot_be_published_before_the_end_is_told(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(troubles={"finish": range(1000)})
+    async with running(stage):
+        stage.source.submit("a")
+        await trio.sleep(30)
+        tries = stage.source.count("finish")
+        stage.dispatcher.cancel()
+    assert stage.source.count("finish") == tries + 1, "once more"
+    assert stage.dispatcher.unpublished == 1
+    assert "what came of its attempt is lost" in stage.told(WorkerTrouble)[-1].error
+    assert "task a: what came of its attempt is lost" in caplog.text
+    assert set(stage.source.running) == {"a"}
+
+
+async def test_a_result_is_published_at_the_last_moment(autojump_clock: MockClock) -> None:
+    stage = Stage(troubles={"finish": range(5)})
+    async with running(stage):
+        stage.source.submit("a")
+        await trio.sleep(1 + 0.25 + 0.5 + 1 + 2 + 1)  # within the pause before the next try
+        stage.dispatcher.cancel()
+    assert trio.current_time() < 6
+    assert set(stage.source.results) == {"a"}
+    assert stage.dispatcher.unpublished == 0
+    assert stage.dispatcher.stats.tasks_processed == len(stage.told(TaskFinished)) == 1
+
+
+@pytest.mark.parametrize("what", ["recover", "retry"])
+async def test_a_drain_does_not_wait_for_what_a_dead_worker_has_left(autojump_clock: MockClock, what: str) -> None:
+    dead = [(of_fields({"task_id": name, "description": "d"}), ()) for name in ("a", "b")]
+    stage = Stage(dead=dead, troubles={what: range(1000)})
+    async with running(stage):
+        await trio.sleep(30)
+        assert not stage.dispatcher.ready.is_set()
+        stage.dispatcher.drain()
+    assert trio.current_time() == pytest.approx(30)
+    assert set(stage.source.running) == {"a", "b"}, "the next start finds them"
+    assert stage.dispatcher.unpublished == 0
+
+
+async def test_attempts_past_a_limit_that_was_lowered_are_not_made(autojump_clock: MockClock) -> None:
+    stage = Stage(max_attempts=2)
+    before = (Attempt(attempt=1), Attempt(attempt=2, error="a bad network"))
+    async with running(stage):
+        stage.source.put(of_fields({"task_id": "a", "description": "d"}), before)
+        stage.source.put(of_fields({"task_id": "b", "description": "d", "max_attempts": 3}), before)
+        await stage.source.until(lambda: stage.source.ended() == {"a", "b"})
+    letter = stage.source.dead_letters["a"]
+    assert letter["dlq_reason"] == "max_retries_exceeded"
+    assert letter["dlq_detail"] == "it had 2 attempts, and may have 2 now; a bad network"
+    assert [each["attempt"] for each in letter["attempts"]] == [1, 2]
+    assert [ran.task_id for ran in stage.executor.ran] == ["b"]
+
+
+async def test_what_is_told_of_twice_while_it_is_claimed_is_claimed_once(autojump_clock: MockClock) -> None:
+    stage = Stage()
+    asked, go_on = trio.Event(), trio.Event()
+    claim = stage.source.claim
+
+    async def slowly(offer: Offer) -> FakeClaim | None:
+        asked.set()
+        await go_on.wait()
+        return await claim(offer)
+
+    stage.source.claim = slowly  # type: ignore[method-assign]  # of this source alone
+    async with running(stage):
+        stage.source.submit("a")
+        await asked.wait()
+        stage.source._say(Arrived(stage.source._offer("a")))
+        await trio.sleep(1)
+        go_on.set()
+        await stage.source.until(lambda: "a" in stage.source.results)
+        await trio.sleep(1)
+    assert len(stage.source.claims) == 1
+
+
+async def test_what_is_gone_since_it_is_half_claimed_is_claimed_again(autojump_clock: MockClock) -> None:
+    stage = Stage(troubles={"claim": range(1)})
+    async with running(stage):
+        stage.source.submit("a")
+        await trio.sleep(0.1)
+        stage.source._say(Vanished("a.json"))
+        await stage.source.until(lambda: "a" in stage.source.results)
+        stage.source.submit("b", not_before=START + 100)
+        stage.source._say(Vanished("b.json"))
+        await trio.sleep(1)
+        assert stage.dispatcher.queue_size == 0
+
+
+async def test_who_may_claim_no_more_takes_nothing_and_ends(autojump_clock: MockClock) -> None:
+    alone = True
+
+    def may_claim() -> bool:
+        if not alone:
+            stage.dispatcher.drain()
+        return alone
+
+    stage = Stage(may_claim=may_claim)
+    async with running(stage):
+        stage.source.submit("a")
+        await stage.source.until(lambda: "a" in stage.source.results)
+        alone = False
+        stage.source.submit("b")
+        await trio.sleep(1)
+    assert set(stage.source.waiting) == {"b"}
+    assert len(stage.source.claims) == 1
+
+
+async def test_the_urgent_among_those_that_are_there_at_the_start_come_first(autojump_clock: MockClock) -> None:
+    stage = Stage(max_concurrent=1, first_look=1.0)
+    async with running(stage):
+        stage.source.submit("a")
+        await trio.sleep(0.5)
+        stage.source.submit("urgent", priority="urgent")
+        stage.dispatcher.begin()
+        await stage.source.until(lambda: len(stage.source.results) == 2)
+    assert [ran.task_id for ran in stage.executor.ran] == ["urgent", "a"]
+    assert begins(stage, "urgent") == pytest.approx([0.5], abs=1e-3)
+
+
+async def test_a_first_look_that_takes_long_is_not_waited_for(autojump_clock: MockClock) -> None:
+    stage = Stage(first_look=1.0)
+    async with running(stage):
+        stage.source.submit("a")
+        await stage.source.until(lambda: "a" in stage.source.results)
+    assert begins(stage, "a") == pytest.approx([1.0], abs=1e-3)

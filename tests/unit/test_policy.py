@@ -6,8 +6,10 @@ import pytest
 
 from supervise.dispatch.backoff import RETRYABLE, Backoff
 from supervise.dispatch.policy import Bury, Finish, Pause, Policy, Retry, counts_for_breaker
-from supervise.dispatch.task import Task
+from supervise.dispatch.task import MOST_ATTEMPTS, Task
+from supervise.errors import SettingsError
 from supervise.model import FailureKind, JobResult, Outcome
+from supervise.settings import WorkerSettings
 
 NOW = 1000.0
 POLICY = Policy(max_attempts=3, backoff=Backoff(base=1.0, cap=300.0), quota_pause=300.0, longest_quota_pause=3600.0)
@@ -79,3 +81,9 @@ def test_pauses_double_up_to_the_cap() -> None:
 
 def test_chance_makes_a_pause_a_quarter_shorter_at_most() -> None:
     assert [POLICY.backoff.pause(3, chance) for chance in (0.0, 0.5, 1.0)] == [4.0, 3.5, 3.0]
+
+
+def test_no_more_attempts_can_be_set_than_a_task_can_keep() -> None:
+    assert WorkerSettings(max_attempts=MOST_ATTEMPTS).max_attempts == MOST_ATTEMPTS
+    with pytest.raises(SettingsError, match="1 to 100"):
+        WorkerSettings(max_attempts=MOST_ATTEMPTS + 1)
