@@ -394,11 +394,11 @@ class DirectorySource:
             self._trouble("hints of results", "")
 
     def _watch_all_results(self) -> None:
-        results = self._spool.results.parent
-        self._watching.also(results)
+        results, watching = self._spool.results.parent, self._watching
+        watching.also(results)
         for directory in results.iterdir():
             if directory.is_dir():
-                self._watching.also(directory)
+                watching.also(directory)
 
     async def _results_changed(self, paths: Iterable[Path] | None = None) -> None:
         """Look whether an awaited task has completed: those of these paths, or all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Final, Protocol, final
 
@@ -98,6 +99,7 @@ class Inotify:
         # IN_CREATE for what is complete as soon as it is there: a hard link, and what is no file at all.
         self._mask = flags.CLOSE_WRITE | flags.MOVED_TO | flags.MOVED_FROM | flags.CREATE | flags.DELETE | flags.ONLYDIR
         self._others: dict[int, Path] = {}
+        self._open = threading.Lock()
         self._inotify = inotify_simple.INotify(nonblocking=True)
         try:
             gone = flags.DELETE_SELF | flags.MOVE_SELF
@@ -138,13 +140,16 @@ class Inotify:
         )
 
     def also(self, directory: Path) -> None:
-        """See `Watching.also`."""
-        self._others[self._inotify.add_watch(os.fspath(directory), self._mask)] = directory
+        """See `Watching.also`. May be called in a thread; once closed, it does nothing."""
+        with self._open:
+            if not self._inotify.closed:
+                self._others[self._inotify.add_watch(os.fspath(directory), self._mask)] = directory
 
     def close(self) -> None:
         """See `Watching.close`."""
         trio.lowlevel.notify_closing(self._inotify.fileno())
-        self._inotify.close()
+        with self._open:  # a thread must not meet the next file of this number
+            self._inotify.close()
 
 
 def sees_nothing(directory: Path, mounts: str = "/proc/self/mountinfo") -> str:

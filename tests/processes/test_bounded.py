@@ -14,7 +14,7 @@ import pytest
 
 from tests.processes.fake_claude import FakeClaude
 
-SECONDS = 30
+SECONDS = 10
 LOG_LIMIT = 4 << 20
 
 #: Supervises two jobs: one whose agent floods its protocol, one that floods its standard error with a line that
@@ -101,7 +101,7 @@ def blocked(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-def test_thirty_seconds_of_a_flood(tmp_path: Path, blocked: subprocess.Popen[bytes]) -> None:
+def test_ten_seconds_of_a_flood(tmp_path: Path, blocked: subprocess.Popen[bytes]) -> None:
     state_dir = tmp_path / "state"
     flood = FakeClaude(tmp_path, ["init"], ["endless", 500]).command
     stderr = (sys.executable, "-I", "-S", "-c", FLOOD_STDERR)

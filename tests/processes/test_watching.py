@@ -246,3 +246,9 @@ def test_a_worker_without_tasks_sleeps(tmp_path: Path) -> None:
         switches, turns = worker.ask("idle")
     assert turns == 0
     assert switches <= 6, "the timer of the test itself, and a thread of Trio's that ends when nobody needs it"
+
+
+async def test_who_asks_for_more_of_what_is_closed_gets_nothing(tmp_path: Path) -> None:
+    watching = Inotify(tmp_path)
+    watching.close()
+    watching.also(tmp_path)
