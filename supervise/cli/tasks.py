@@ -17,8 +17,7 @@ from supervise.cli.signals import Signals
 from supervise.cli.stdout import Stdout
 from supervise.cli.view import say
 from supervise.codec import to_line
-from supervise.dispatch.submit import outcome_of, submit, workers_of
-from supervise.dispatch.worker import job_id_of
+from supervise.dispatch.submit import job_id_of, outcome_of, submit, workers_of
 from supervise.errors import SettingsError, SuperviseError
 from supervise.model import JOB_ID
 from supervise.settings import Settings

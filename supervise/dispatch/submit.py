@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ from supervise.dispatch.task import fields_of, of_fields
 from supervise.errors import BadInput, SuperviseError
 from supervise.model import JOB_ID
 
-__all__ = ["outcome_of", "submit", "workers_of"]
+__all__ = ["job_id_of", "outcome_of", "submit", "workers_of"]
 
 #: What a file system says that has no hard links.
 _NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
@@ -128,3 +130,13 @@ def _require_name(name: str, what: str = "a worker's name") -> None:
     """A slash or two dots would lead elsewhere."""
     if not isinstance(name, str) or not JOB_ID.fullmatch(name):
         raise BadInput(f"{what} is {name!r}, but must match {JOB_ID.pattern}")
+
+
+def job_id_of(worker: str, task_id: str, attempt: int, root: Path) -> str:
+    """The id of the job for an attempt: its directory is named after it.
+
+    Roots may share a state directory, and both names may hold dots: the digest tells all of them apart.
+    """
+    whole = json.dumps([os.path.realpath(root), worker, task_id])
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{worker[:40]}.{task_id[:70]}.{digest}.{attempt}"

@@ -6,8 +6,6 @@ tells how it fares: by events, and in a heartbeat whose status has to be earned.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -28,6 +26,7 @@ from supervise.dispatch.dispatcher import Dispatcher, Observer, SpecOf, Stats
 from supervise.dispatch.instance import InstanceLock
 from supervise.dispatch.policy import Policy
 from supervise.dispatch.spool import Spool
+from supervise.dispatch.submit import job_id_of
 from supervise.dispatch.task import Task
 from supervise.errors import BadInput, SettingsError, SuperviseError
 from supervise.events import Event, TaskBuried, WorkerChanged, WorkerTrouble
@@ -504,16 +503,6 @@ def _executor(settings: Settings) -> Executor:
     if settings.executor == "mock":
         return MockExecutor()
     raise SettingsError(f"executor is {settings.executor!r}, which this version does not have; use local or mock")
-
-
-def job_id_of(worker: str, task_id: str, attempt: int, root: Path) -> str:
-    """The id of the job for an attempt: its directory is named after it.
-
-    Roots may share a state directory, and both names may hold dots: the digest tells all of them apart.
-    """
-    whole = json.dumps([os.path.realpath(root), worker, task_id])
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return f"{worker[:40]}.{task_id[:70]}.{digest}.{attempt}"
 
 
 def _harmless(told: Callable[P, None], what: str) -> Callable[P, None]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from supervise.dispatch.worker import job_id_of
+from supervise.dispatch.submit import job_id_of
 
 FAKE = Path(__file__).with_name("fake_claude.py")
 LIMIT = 40.0  # seconds, for anything

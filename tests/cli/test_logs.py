@@ -8,7 +8,7 @@ from pathlib import Path
 
 from supervise.cli.stdout import Stdout
 from supervise.cli.tasks import Log
-from supervise.dispatch.worker import job_id_of
+from supervise.dispatch.submit import job_id_of
 from tests.cli.conftest import Cli, Root, refused
 from tests.cli.test_worker_cli import stop, stop_twice
 

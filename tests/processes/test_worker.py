@@ -21,8 +21,9 @@ from supervise import BadInput, MockAgent, SettingsError, SuperviseError
 from supervise.dispatch import worker as worker_module
 from supervise.dispatch.dispatcher import Dispatcher
 from supervise.dispatch.spool import Spool
+from supervise.dispatch.submit import job_id_of
 from supervise.dispatch.task import Task
-from supervise.dispatch.worker import Worker, job_id_of, open_worker
+from supervise.dispatch.worker import Worker, open_worker
 from supervise.errors import AlreadyRunning
 from supervise.events import (
     Event,
