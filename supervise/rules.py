@@ -36,10 +36,10 @@ class Rules:
         return validate
 
     def positive(self, unit: str) -> Validator:
-        return self.check(lambda v: _number(v) and v > 0, f"a number of {unit} above 0")
+        return self.check(lambda v: is_number(v) and v > 0, f"a number of {unit} above 0")
 
     def not_negative(self, unit: str) -> Validator:
-        return self.check(lambda v: _number(v) and v >= 0, f"a number of {unit}, 0 or more")
+        return self.check(lambda v: is_number(v) and v >= 0, f"a number of {unit}, 0 or more")
 
     def count(self, least: int, most: int | None = None) -> Validator:
         return self.check(
@@ -62,7 +62,8 @@ def is_environment(value: object) -> bool:
     )
 
 
-def _number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no truth value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

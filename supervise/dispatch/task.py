@@ -14,6 +14,7 @@ from attrs import Factory, frozen
 from supervise.codec import rfc3339
 from supervise.errors import BadInput
 from supervise.model import JOB_ID
+from supervise.rules import is_number
 
 __all__ = ["Attempt", "Task", "Unfinished", "parse"]
 
@@ -145,7 +146,7 @@ def of_fields(fields: Mapping[str, Any]) -> Task:
         task_id=task_id,
         description=description,
         worker=_maybe(fields, "worker", _is_text, "a worker's name"),
-        timeout=_maybe(fields, "timeout", lambda v: _is_number(v) and v > 0, "a number of seconds above 0"),
+        timeout=_maybe(fields, "timeout", lambda v: is_number(v) and v > 0, "a number of seconds above 0"),
         priority=_priority(fields.get("priority")),
         dependencies=tuple(dependencies),
         workspace=_maybe(fields, "workspace", _is_text, "the path of a directory"),
@@ -266,15 +267,6 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer past every float
-        return False
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MOST_ATTEMPTS
 
@@ -301,7 +293,7 @@ def _moment(value: Any) -> float:
     """Seconds since the epoch, of a number or of RFC 3339."""
     if value is None:
         return 0.0
-    if _is_number(value):
+    if is_number(value):
         return float(value)
     moment: datetime | None = None
     if isinstance(value, str):

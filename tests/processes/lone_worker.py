@@ -113,9 +113,9 @@ async def idle(worker: Worker) -> list[int]:
     turns = -1
     while turns != worker._dispatcher.turns:  # until what is going on has ended
         turns = worker._dispatcher.turns
-        await trio.sleep(0.4)
+        await trio.sleep(0.4)  # a time in which nothing happened is what is waited for
     before = switches()
-    await trio.sleep(2.0)
+    await trio.sleep(2.0)  # a length on purpose: who wakes up in it is what is counted
     return [switches() - before, worker._dispatcher.turns - turns]
 
 

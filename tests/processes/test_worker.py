@@ -92,7 +92,7 @@ async def test_a_file_written_in_pieces_is_left_to_its_writer(files: Files, root
             for begin in range(0, len(data), 14):
                 assert files.result("slow") is None
                 file.write(data[begin : begin + 14])
-                await trio.sleep(0.25)
+                await trio.sleep(0.25)  # a slow writer: the length is what is tried
         await files.ended("slow")
     assert worker.stats.tasks_dlq == 0
     assert files.letters() == []
@@ -608,7 +608,7 @@ async def test_a_heartbeat_that_cannot_be_written_is_told_and_is_no_busier_than_
         place.symlink_to("/proc/self")
         await status(worker, "degraded", f"heartbeat: {files.spool.heartbeat}: ")
         before = beats
-        await trio.sleep(1.0)
+        await trio.sleep(1.0)  # a length on purpose: how often it beats in it is what is counted
         assert beats - before <= 12
         place.unlink()
         place.mkdir()

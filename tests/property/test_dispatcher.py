@@ -384,28 +384,28 @@ class TakesMoreThanItMay(Dispatcher):  # type: ignore[misc]  # final
         self._places += 1
 
 
-class TakesNoNoticeOfTheBreaker(Dispatcher):  # type: ignore[misc]
+class TakesNoNoticeOfTheBreaker(Dispatcher):  # type: ignore[misc]  # final
     def _start_what_can_start(self, nursery: trio.Nursery, now: float, clock: float) -> None:
         super()._start_what_can_start(nursery, now, clock + 1e9)
 
 
-class WakesUpAgainAndAgain(Dispatcher):  # type: ignore[misc]
+class WakesUpAgainAndAgain(Dispatcher):  # type: ignore[misc]  # final
     def _pause(self, now: float, clock: float) -> float:
         return min(100.0, super()._pause(now, clock))
 
 
-class ForgetsWhatIsMissing(Backlog):  # type: ignore[misc]
+class ForgetsWhatIsMissing(Backlog):  # type: ignore[misc]  # final
     def add(self, offer: Offer, *, missing: Any = ()) -> None:
         super().add(offer)
 
 
-class WaitsForNobody(Dispatcher):  # type: ignore[misc]
+class WaitsForNobody(Dispatcher):  # type: ignore[misc]  # final
     def __init__(self, *args: Any, **parts: Any) -> None:
         super().__init__(*args, **parts)
         self._backlog = ForgetsWhatIsMissing()
 
 
-class ForgetsAnAttempt(Dispatcher):  # type: ignore[misc]
+class ForgetsAnAttempt(Dispatcher):  # type: ignore[misc]  # final
     async def _carry_out(self, claim: Any, decision: Any, attempt: Attempt, result: Any) -> None:
         history = claim.attempts[:-1]
         claim.attempts = history

@@ -754,23 +754,23 @@ class BelievesNoEnd(Spool):  # type: ignore[misc]  # final
         return False
 
 
-class GivesUpTheClaimFirst(Spool):  # type: ignore[misc]
+class GivesUpTheClaimFirst(Spool):  # type: ignore[misc]  # final
     def finish(self, held: Held, record: Any) -> None:
         self._drop(held)
         self._publish(self.results / f"{held.task.task_id}.json", {**record, "claim": held.token})
 
 
-class KeepsTheClaim(Spool):  # type: ignore[misc]
+class KeepsTheClaim(Spool):  # type: ignore[misc]  # final
     def _drop(self, held: Held) -> None:
         pass
 
 
-class LeavesParts(Spool):  # type: ignore[misc]
+class LeavesParts(Spool):  # type: ignore[misc]  # final
     def _clear_unfinished_writes(self) -> None:
         pass
 
 
-class PutsNothingBack(Spool):  # type: ignore[misc]
+class PutsNothingBack(Spool):  # type: ignore[misc]  # final
     def recover(self) -> Iterator[Held]:
         for path in self.running.iterdir():
             held = self._held(path)
@@ -778,7 +778,7 @@ class PutsNothingBack(Spool):  # type: ignore[misc]
             yield held
 
 
-class ForgetsWhatCameBefore(Spool):  # type: ignore[misc]
+class ForgetsWhatCameBefore(Spool):  # type: ignore[misc]  # final
     def retry(self, held: Held, attempts: tuple[Attempt, ...], at: float) -> str:
         return super().retry(held, attempts[-1:] if len(attempts) > 1 else (), at)
 

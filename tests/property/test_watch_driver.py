@@ -520,49 +520,49 @@ class ClearsWithoutReconcile(IndexDriver):  # type: ignore[misc]  # final
         return ""
 
 
-class BelievesAnyWatch(IndexDriver):  # type: ignore[misc]
+class BelievesAnyWatch(IndexDriver):  # type: ignore[misc]  # final
     def _watch_line(self, line: str, ready: trio.Event) -> None:
         if cidx.meaning(line) is not Line.ERROR:
             super()._watch_line(line, ready)
 
 
-class TakesAnyEndForAFlush(IndexDriver):  # type: ignore[misc]
+class TakesAnyEndForAFlush(IndexDriver):  # type: ignore[misc]  # final
     async def _flush(self, child: Any) -> Any:
         what, reason, ended = await super()._flush(child)
         self._facts = self._facts.with_(flushed=True)
         return what, reason, ended
 
 
-class ReconcilesBesideTheWatch(IndexDriver):  # type: ignore[misc]
+class ReconcilesBesideTheWatch(IndexDriver):  # type: ignore[misc]  # final
     async def _until_down(self, child: Any, was_up: bool, ready: trio.Event) -> Any:
         async with self._open_tree("reconcile", self._stop_reconcile, self._hurry) as tree:
             await (await self._spawn(tree, self._tool.reconcile)).wait()
         return await super()._until_down(child, was_up, ready)
 
 
-class RestartsForEver(IndexDriver):  # type: ignore[misc]
+class RestartsForEver(IndexDriver):  # type: ignore[misc]  # final
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
         self._budget = RestartBudget(most=1000)
 
 
-class NeverReports(IndexDriver):  # type: ignore[misc]
+class NeverReports(IndexDriver):  # type: ignore[misc]  # final
     def cancel(self) -> None:
         pass
 
 
-class KeepsTheAgentWaiting(IndexDriver):  # type: ignore[misc]
+class KeepsTheAgentWaiting(IndexDriver):  # type: ignore[misc]  # final
     async def ready(self) -> None:
         with trio.CancelScope(shield=True):
             await super().ready()
 
 
-class HearsNoCancelWhileItStamps(IndexDriver):  # type: ignore[misc]
+class HearsNoCancelWhileItStamps(IndexDriver):  # type: ignore[misc]  # final
     def _is_unwanted(self, until: trio.Event | None) -> bool:
         return False
 
 
-class MarksTooLate(IndexDriver):  # type: ignore[misc]
+class MarksTooLate(IndexDriver):  # type: ignore[misc]  # final
     async def mark(self, job_id: str) -> None:
         pass
 
@@ -571,7 +571,7 @@ class MarksTooLate(IndexDriver):  # type: ignore[misc]
         await super().run()
 
 
-class StopsAnyDaemon(IndexDriver):  # type: ignore[misc]
+class StopsAnyDaemon(IndexDriver):  # type: ignore[misc]  # final
     async def _prepare(self, tree: Any) -> str:
         trouble = await super()._prepare(tree)
         self._daemon = watch._Daemon.OURS

@@ -1,4 +1,4 @@
-"""The dispatcher, by example: on fakes, and on a clock that jumps."""
+"""The dispatcher, by example: on fakes, and on a clock that jumps: a sleep here takes no time."""
 
 from __future__ import annotations
 

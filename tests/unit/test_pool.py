@@ -195,7 +195,7 @@ class BugInTheWatch(IndexDriver):  # type: ignore[misc]  # final
         raise LookupError("in the flush of the word-that-hides")
 
 
-class BugAtOnce(IndexDriver):  # type: ignore[misc]
+class BugAtOnce(IndexDriver):  # type: ignore[misc]  # final
     async def _level_a_stale_workspace(self) -> None:
         await trio.sleep(1)
         raise LookupError("while levelling")

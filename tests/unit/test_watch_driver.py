@@ -62,7 +62,7 @@ def job(
     }
     for name in ("fix_config", "stop"):
         if name in more:
-            acts[name.replace("_", "-")] = [more.pop(name)]  # type: ignore[list-item]
+            acts[name.replace("_", "-")] = [more.pop(name)]  # type: ignore[list-item]  # acts by name
     settings = evolve(DEFAULTS, **{name: more.pop(name) for name in list(more) if name not in names})  # type: ignore[arg-type]  # fields by name
     return drive(Plan(settings=settings, acts=acts, **more))  # type: ignore[arg-type]  # fields by name
 
