@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from supervise.agents.command import Parser, run_command
     from supervise.agents.mock import MockAgent
     from supervise.agents.protocol import Agent, AgentRun
+    from supervise.agents.script import ScriptAgent
     from supervise.dispatch.task import Task
     from supervise.dispatch.worker import Worker, open_worker
     from supervise.errors import (
@@ -55,13 +56,21 @@ if TYPE_CHECKING:
     from supervise.processes.child import Child, Tree
     from supervise.processes.containment import Command
     from supervise.secrets import Secret
-    from supervise.settings import AgentSettings, BreakerSettings, IndexSettings, Settings, WorkerSettings
+    from supervise.settings import (
+        AgentSettings,
+        BreakerSettings,
+        IndexSettings,
+        LogSettings,
+        Settings,
+        WorkerSettings,
+    )
 
 _HOME = {
     "supervise.agents.claude": ("ClaudeAgent",),
     "supervise.agents.command": ("Parser", "run_command"),
     "supervise.agents.mock": ("MockAgent",),
     "supervise.agents.protocol": ("Agent", "AgentRun"),
+    "supervise.agents.script": ("ScriptAgent",),
     "supervise.dispatch.task": ("Task",),
     "supervise.dispatch.worker": ("Worker", "open_worker"),
     "supervise.errors": (
@@ -103,7 +112,14 @@ _HOME = {
     "supervise.processes.child": ("Child", "Tree"),
     "supervise.processes.containment": ("Command",),
     "supervise.secrets": ("Secret",),
-    "supervise.settings": ("AgentSettings", "BreakerSettings", "IndexSettings", "Settings", "WorkerSettings"),
+    "supervise.settings": (
+        "AgentSettings",
+        "BreakerSettings",
+        "IndexSettings",
+        "LogSettings",
+        "Settings",
+        "WorkerSettings",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -136,11 +152,13 @@ __all__ = [
     "Leftover",
     "Limits",
     "LocalExecutor",
+    "LogSettings",
     "MissingExtra",
     "MockAgent",
     "MockExecutor",
     "Outcome",
     "Parser",
+    "ScriptAgent",
     "Secret",
     "Settings",
     "SettingsError",

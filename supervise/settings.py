@@ -26,6 +26,7 @@ __all__ = [
     "BreakerSettings",
     "HttpSettings",
     "IndexSettings",
+    "LogSettings",
     "RedisSettings",
     "Settings",
     "WorkerSettings",
@@ -298,6 +299,24 @@ class HttpSettings:
 
 
 @frozen(kw_only=True)
+class LogSettings:
+    """What is told on standard error, and how."""
+
+    PATH: ClassVar[str] = "log"
+
+    format: Literal["console", "json"] = _setting(
+        "console",
+        "console: for people; json: one object a line",
+        validator=_r.one_of("console", "json"),
+    )
+    level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info",
+        "what is less important is left out: debug, info, warning or error",
+        validator=_r.one_of("debug", "info", "warning", "error"),
+    )
+
+
+@frozen(kw_only=True)
 class Settings:
     """All settings, with their defaults. Immutable; `attrs.evolve` makes a changed copy."""
 
@@ -308,6 +327,12 @@ class Settings:
         converter=_path,
         validator=_a_path,
         metadata=_told("where stale marks, results, heartbeats and logs are kept"),
+    )
+    script_dirs: tuple[Path, ...] = field(
+        default=(Path("scripts"),),
+        converter=_paths,
+        validator=_all_paths,
+        metadata=_told("directories of the script catalogue; the default one lies in the working directory"),
     )
     executor: Literal["local", "mock", "redis", "http"] = _setting(
         "local",
@@ -332,6 +357,20 @@ class Settings:
         validator=_r.count(65536),
     )
     tail_bytes: int = _setting(64 * 1024, "size of the output tails in a result", unit="B", validator=_r.count(0))
+    events_max_bytes: int = _setting(
+        16 * 1024 * 1024,
+        "size of the event log of a job; past it, what the agent says is left out",
+        unit="B",
+        validator=_r.count(65536),
+    )
+    jobs_max_age: float = _seconds(30 * 86400.0, "logs and results of jobs that ended longer ago are removed")
+    jobs_max_bytes: int = _setting(
+        10 * 1024 * 1024 * 1024,
+        "size of the logs and results of all jobs; past it, those of the oldest that have ended are removed",
+        unit="B",
+        validator=_r.count(1024 * 1024),
+    )
+    log: LogSettings = _part(LogSettings)
     agent: AgentSettings = _part(AgentSettings)
     index: IndexSettings = _part(IndexSettings)
     worker: WorkerSettings = _part(WorkerSettings)

@@ -73,6 +73,7 @@ class Task:
         dependencies: ids of tasks whose results must be completed first.
         workspace: directory to work in; `None` for the worker's.
         script: name of a script of the catalogue, in place of the agent.
+        args: the script's arguments; not looked at without one.
         not_before: seconds since the epoch.
         max_attempts: `None` for the worker's.
         fields: all that was said, unknown keys included.
@@ -86,6 +87,7 @@ class Task:
     dependencies: tuple[str, ...] = ()
     workspace: str | None = None
     script: str | None = None
+    args: tuple[str, ...] = ()
     not_before: float = 0.0
     max_attempts: int | None = None
     fields: Mapping[str, Any] = Factory(dict)
@@ -151,6 +153,7 @@ def of_fields(fields: Mapping[str, Any]) -> Task:
         dependencies=tuple(dependencies),
         workspace=_maybe(fields, "workspace", _is_text, "the path of a directory"),
         script=_maybe(fields, "script", _is_text, "the name of a script"),
+        args=_args(fields),
         not_before=_moment(fields.get("not_before")),
         max_attempts=_maybe(fields, "max_attempts", _is_count, f"a whole number from 1 to {MOST_ATTEMPTS}"),
         fields=dict(fields),
@@ -276,6 +279,21 @@ def _maybe(fields: Mapping[str, Any], name: str, test: Any, rule: str) -> Any:
     if value is not None and not test(value):
         _refuse(name, value, rule)
     return value
+
+
+def _args(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """A task without a script may have something of its own under this key."""
+    value = fields.get("args")
+    if value is None or fields.get("script") is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(_is_argument(each) for each in value):
+        _refuse("args", value, "a list of texts without NUL")
+    return tuple(value)
+
+
+def _is_argument(value: Any) -> bool:
+    """As a text, but it may be empty."""
+    return isinstance(value, str) and _is_text(f".{value}")
 
 
 def _priority(value: Any) -> int:

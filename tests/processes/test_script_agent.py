@@ -1,0 +1,372 @@
+"""Scripts as agents of real jobs, and as what a worker's tasks name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from attrs import evolve
+
+from supervise import FailureKind, IndexSettings, JobResult, JobSpec, Outcome, ScriptAgent, Settings, SpecError
+from supervise.catalogue.catalogue import Catalogue
+from supervise.codec import from_json, to_json
+from supervise.dispatch.task import Task
+from supervise.dispatch.worker import open_worker
+from supervise.errors import SettingsError
+from supervise.events import AgentOutput, Event
+from supervise.executors.mock import MockExecutor
+from supervise.job.supervisor import Supervisor, open_supervisor
+from tests.processes.conftest import TOKEN, Leaks
+from tests.processes.workers import WORKER, Files, made_up, playing, settings_of
+
+LIMIT = 30.0
+
+
+def put(path: Path, text: str, *, mode: int = 0o755) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+class Runs:
+    """Runs scripts below one supervisor; what they say is kept."""
+
+    def __init__(self, supervisor: Supervisor, root: Path, leaks: Leaks) -> None:
+        self.root = root
+        self.events: list[Event] = []
+        self._supervisor = supervisor
+        self._env = {TOKEN: leaks.token}
+
+    async def __call__(self, path: Path | str, *args: str, prompt: str = "a prompt", **fields: Any) -> JobResult:
+        agent_fields = {name: fields.pop(name) for name in ("stdin", "name") if name in fields}
+        agent = ScriptAgent(path=path, args=args, **agent_fields)
+        spec = JobSpec(prompt=prompt, workspace=self.root, agent=agent, index=None, env=self._env, **fields)
+        self.events = []
+        with trio.fail_after(LIMIT):
+            async with self._supervisor.open_job(spec) as job, job.subscribe() as events:
+                async for event in events:
+                    self.events.append(event)
+                return await job.result()
+
+    def lines(self, stream: str) -> list[str]:
+        return [event.line for event in self.events if isinstance(event, AgentOutput) and event.stream == stream]
+
+
+@pytest.fixture
+async def runs(tmp_path: Path, leaks: Leaks) -> Any:
+    settings = Settings(state_dir=tmp_path / "state", tail_bytes=1000, orphan_grace=0.2)
+    async with open_supervisor(settings=settings) as supervisor:
+        yield Runs(supervisor, tmp_path, leaks)
+
+
+# --- the agent ---------------------------------------------------------------------------------------------
+
+
+async def test_a_script_has_its_arguments_the_prompt_and_the_workspace(runs: Runs, tmp_path: Path) -> None:
+    script = put(tmp_path / "tools" / "say.sh", '#!/bin/sh\npwd; printf "<%s>" "$@"; echo; cat; echo oh >&2\n')
+    result = await runs(script, "a b", "", "-x", "ü", prompt="first\nlast")
+    assert result.outcome is Outcome.COMPLETED
+    assert result.text == f"{tmp_path}\n<a b><><-x><ü>\nfirst\nlast"
+    assert (result.exit_code, result.error, result.stderr_tail) == (0, None, "oh\n")
+    assert runs.lines("stdout") == [str(tmp_path), "<a b><><-x><ü>", "first", "last"]
+    assert runs.lines("stderr") == ["oh"]
+    result = await runs(script, stdin="")
+    assert result.text == f"{tmp_path}\n<>\n"
+
+
+async def test_the_text_is_the_end_of_what_a_script_prints_and_the_log_is_all(runs: Runs, tmp_path: Path) -> None:
+    script = put(tmp_path / "much.sh", "#!/bin/sh\nseq 1 2000; head -c 200000 /dev/zero | tr '\\0' x; echo; echo end\n")
+    result = await runs(script)
+    assert len(result.text) == 1000
+    assert result.text.endswith("x\nend\n")
+    log = tmp_path / "state" / "jobs" / result.job_id / "agent.stdout.log"
+    assert len(log.read_bytes()) == len("".join(f"{n}\n" for n in range(1, 2001))) + 200_000 + len("\nend\n")
+    assert max(map(len, runs.lines("stdout"))) <= 64 * 1024
+    assert runs.lines("stdout")[-1] == "end"
+
+
+async def test_another_exit_code_is_an_error_with_the_last_line_of_standard_error(runs: Runs, tmp_path: Path) -> None:
+    script = put(
+        tmp_path / "fail.sh", "#!/bin/sh\necho out\necho first >&2\necho 'disk is full' >&2\necho >&2\nexit 3\n"
+    )
+    result = await runs(script, name="backup")
+    assert (result.outcome, result.failure_kind) == (Outcome.FAILED, FailureKind.AGENT_ERROR)
+    assert result.error == "the script 'backup' ended with exit code 3: disk is full"
+    assert (result.exit_code, result.text) == (3, "out\n")
+    result = await runs(put(tmp_path / "mute.sh", "#!/bin/sh\nexit 1\n"))
+    assert result.error == "the script 'mute' ended with exit code 1"
+    result = await runs(put(tmp_path / "wordy.sh", "#!/bin/sh\nseq -s ' ' 1 999 >&2; exit 1\n"))
+    assert result.error is not None
+    assert len(result.error) < 400
+
+
+async def test_a_signal_is_told(runs: Runs, tmp_path: Path) -> None:
+    result = await runs(put(tmp_path / "die.sh", "#!/bin/sh\necho last words >&2\nkill -SEGV $$\n"))
+    assert (result.failure_kind, result.signal) == (FailureKind.KILLED, "SIGSEGV")
+    assert result.error == "the script 'die' ended with signal SIGSEGV"
+
+
+async def test_input_that_nobody_reads_is_no_failure(runs: Runs, tmp_path: Path) -> None:
+    script = put(tmp_path / "deaf.sh", "#!/bin/sh\nexec 0<&-\necho fine\n")
+    result = await runs(script, prompt="x" * 1_000_000)
+    assert (result.outcome, result.text) == (Outcome.COMPLETED, "fine\n")
+
+
+@pytest.mark.parametrize(
+    ("data", "mode", "told"),
+    [
+        ("#!/bin/sh\n", 0o644, "is not executable: chmod +x '{path}'"),
+        ("echo no line\n", 0o755, "has no #! line; let its first line name its interpreter: #!/bin/sh"),
+        ("#!/no/such/interpreter\n", 0o755, "the interpreter of the script"),
+        ("#!/bin/sh\r\n", 0o755, "the interpreter of the script"),
+        (None, 0, "is not there"),
+    ],
+)
+async def test_what_cannot_be_started_says_what_to_do(
+    runs: Runs, tmp_path: Path, data: str | None, mode: int, told: str
+) -> None:
+    path = tmp_path / "my script.py"
+    if data is not None:
+        put(path, data, mode=mode)
+    result = await runs(path)
+    assert (result.outcome, result.failure_kind) == (Outcome.FAILED, FailureKind.SPAWN)
+    assert told.format(path=path) in (result.error or "")
+    assert str(path) in (result.error or "")
+
+
+async def test_arguments_that_are_too_large_are_told(runs: Runs, tmp_path: Path) -> None:
+    result = await runs(put(tmp_path / "x.sh", "#!/bin/sh\n"), "x" * 1_000_000)
+    assert result.failure_kind is FailureKind.SPAWN
+    assert "too large" in (result.error or "")
+
+
+async def test_the_line_decides_who_runs_it_and_not_the_suffix(runs: Runs, tmp_path: Path) -> None:
+    result = await runs(put(tmp_path / "x.py", "#!/bin/sh\necho I am $0\n"))
+    assert result.text == f"I am {tmp_path}/x.py\n"
+
+
+async def test_a_name_of_odd_bytes_and_an_argument_of_them_are_no_trouble(runs: Runs, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/a\nb\x1b\xe4.sh"
+    put(Path(os.fsdecode(path)), '#!/bin/sh\nprintf "%s" "$1" | od -An -tx1\n')
+    result = await runs(os.fsdecode(path), os.fsdecode(b"\xe4"))
+    assert (result.outcome, result.text) == (Outcome.COMPLETED, " e4\n")
+
+
+async def test_signals_that_python_ignores_are_not_ignored_by_scripts(runs: Runs, tmp_path: Path) -> None:
+    result = await runs(put(tmp_path / "pipe.sh", "#!/bin/sh\nsh -c 'kill -PIPE $$; echo alive'\necho $?\n"))
+    assert result.text == "141\n"
+
+
+async def test_a_script_that_takes_too_long_is_ended_with_all_that_it_has_started(runs: Runs, tmp_path: Path) -> None:
+    script = put(tmp_path / "hang.sh", "#!/bin/sh\necho begun\n(trap '' HUP; setsid sleep 600) &\nsleep 600\n")
+    result = await runs(script, timeout=0.3)
+    assert (result.outcome, result.text) == (Outcome.TIMED_OUT, "begun\n")
+
+
+async def test_what_a_script_leaves_behind_is_ended_and_it_has_completed(runs: Runs, tmp_path: Path) -> None:
+    script = put(tmp_path / "leave.sh", "#!/bin/sh\nsetsid sleep 600 >/dev/null 2>&1 &\necho done\n")
+    result = await runs(script)
+    assert (result.outcome, result.text) == (Outcome.COMPLETED, "done\n")
+
+
+def test_an_agent_that_makes_no_sense_is_refused() -> None:
+    for fields in ({"path": ""}, {"path": "a\0"}, {"path": 5}, {"path": "a", "args": "b"}, {"path": "a", "args": [1]}):
+        with pytest.raises(SpecError):
+            ScriptAgent(**fields)  # type: ignore[arg-type]  # what is wrong is the point
+    with pytest.raises(SpecError, match=r"ScriptAgent\.args"):
+        ScriptAgent(path="a", args=["a\0"])
+
+
+def test_a_spec_with_a_script_goes_through_json(tmp_path: Path) -> None:
+    agent = ScriptAgent(path="bin/x.sh", args=["a", ""], stdin="in")
+    assert (agent.path, agent.name) == (os.path.abspath("bin/x.sh"), "x")
+    spec = JobSpec(prompt="p", workspace=tmp_path, agent=agent, index=None)
+    assert from_json(JobSpec, to_json(spec)) == spec
+    assert to_json(spec)["agent"]["kind"] == "script"
+
+
+# --- the worker --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def files(root: Path) -> Files:
+    return Files(root)
+
+
+def with_scripts(root: Path, **changes: Any) -> Settings:
+    (root / "scripts").mkdir(exist_ok=True)
+    return evolve(settings_of(root, **changes), script_dirs=(root / "scripts",))
+
+
+async def test_a_task_with_a_script_runs_it_to_its_result(files: Files, root: Path, leaks: Leaks) -> None:
+    """For real: worker, catalogue, job, process."""
+    settings = evolve(with_scripts(root), executor="local", index=IndexSettings(mode="none"), orphan_grace=0.2)
+    text = f"#!/bin/sh\n# name: greet\n# timeout: 1m\n{TOKEN}={leaks.token}; export {TOKEN}\n"
+    put(root / "scripts" / "sub" / "g.sh", text + 'read who; echo "$1 $who"; [ "$2" != bad ] || exit 7\n')
+    async with open_worker(WORKER, settings=settings):
+        files.drop("t1", "world", script="greet", args=["hello", ""], colour="kept")
+        files.drop("t2", "world", script="sub/g.sh", args=["so long,", "bad"], max_attempts=2)
+        good = await files.ended("t1")
+        bad = await files.buried("t2")
+    assert (good["status"], good["text"]) == ("completed", "hello world\n")
+    assert bad["dlq_reason"] == "max_retries_exceeded"
+    assert "the script 'greet' ended with exit code 7" in bad["dlq_detail"]
+    assert len(bad["attempts"]) == 2
+    assert files.left() == []
+
+
+def spec_with(executor: MockExecutor, task_id: str) -> JobSpec:
+    (spec,) = [spec for spec in executor.executed if spec.labels["task_id"] == task_id]
+    return spec
+
+
+async def test_how_long_a_script_may_run_is_said_by_the_task_then_by_the_header_then_by_the_worker(
+    files: Files, root: Path
+) -> None:
+    settings = with_scripts(root, task_timeout=77.0)
+    for name, header in {"header": "timeout: 2m", "class": "task_class: LLM_HEAVY", "none": "tags: x"}.items():
+        put(root / "scripts" / f"{name}.sh", f"#!/bin/sh\n# {header}\n")
+    put(root / "scripts" / "bad.sh", "#!/bin/sh\n# timeout: soon\n")
+    executor = playing()
+    async with open_worker(WORKER, settings=settings, executor=executor):
+        for name in ("header", "class", "none"):
+            files.drop(name, script=name)
+            files.drop(f"{name}-said", script=name, timeout=5)
+        files.drop("bad-said", script="bad", timeout=5)
+        files.drop("agent", args=5)
+        for task_id in ("header", "class", "none", "header-said", "class-said", "none-said", "bad-said", "agent"):
+            await files.ended(task_id)
+    found = {spec.labels["task_id"]: spec.timeout for spec in executor.executed}
+    assert found == {
+        "header": 120.0,
+        "class": 1200.0,
+        "none": 77.0,
+        "header-said": 5.0,
+        "class-said": 5.0,
+        "none-said": 5.0,
+        "bad-said": 5.0,
+        "agent": 77.0,
+    }
+    agent = spec_with(executor, "header").agent
+    assert agent == ScriptAgent(path=root / "scripts" / "header.sh", name="header")
+    assert spec_with(executor, "header").prompt == "ok"
+    assert spec_with(executor, "agent").agent is None  # a task of its own meaning of `args`
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"script": "gret"}, "did you mean 'greet'?"),
+        ({"script": "twice"}, "there are 2 scripts 'twice'"),
+        ({"script": "mode"}, "chmod +x"),
+        ({"script": "lineless"}, "no #! line"),
+        ({"script": "soon"}, "line 2: timeout is 'soon'"),
+        ({"script": "slow"}, "did you mean FAST_SCRIPT?"),
+        ({"script": "../scripts/greet.sh"}, "there is no script"),
+        ({"script": "greet", "args": "x"}, "args is 'x', but must be a list of texts"),
+        ({"script": "greet", "args": [1]}, "args is [1]"),
+        ({"script": "greet", "args": ["\0"]}, "args is"),
+        ({"script": "greet", "workspace": "/"}, "worker.workspaces"),
+    ],
+)
+async def test_a_script_that_cannot_be_run_is_a_dead_letter_that_says_why(
+    files: Files, root: Path, fields: dict[str, Any], told: str
+) -> None:
+    settings = with_scripts(root)
+    scripts = root / "scripts"
+    for name in ("greet.sh", "twice.sh", "sub/twice.sh"):
+        put(scripts / name, "#!/bin/sh\n")
+    put(scripts / "mode.sh", "#!/bin/sh\n", mode=0o644)
+    put(scripts / "lineless.sh", "echo\n")
+    put(scripts / "soon.sh", "#!/bin/sh\n# timeout: soon\n")
+    put(scripts / "slow.sh", "#!/bin/sh\n# task_class: FAST_SCRIT\n")
+    executor = playing()
+    async with open_worker(WORKER, settings=settings, executor=executor) as worker:
+        files.drop("t", **fields)
+        letter = await files.buried("t")
+        assert letter["dlq_reason"] == "invalid_format"
+        assert told in letter["dlq_detail"]
+        files.drop("next", script="greet")  # and nobody else is kept from anything
+        await files.ended("next")
+        assert worker.status == "healthy" or worker.reasons == ()
+    assert len(executor.executed) == 1
+    assert files.left() == []
+
+
+async def test_a_script_that_was_put_there_just_now_is_found(files: Files, root: Path) -> None:
+    async with open_worker(WORKER, settings=with_scripts(root), executor=playing()):
+        files.drop("t0", script="new")
+        await files.buried("t0")
+        put(root / "scripts" / "new.sh", "#!/bin/sh\n")
+        files.drop("t1", script="new")
+        assert (await files.ended("t1"))["status"] == "completed"
+
+
+async def test_who_makes_the_specs_sees_the_script_and_its_limit_and_may_refuse_it(files: Files, root: Path) -> None:
+    seen: list[JobSpec] = []
+
+    def change(task: Task, spec: JobSpec) -> JobSpec:
+        seen.append(spec)
+        if task.task_id == "t2":
+            raise SettingsError("not on a Sunday")
+        if task.task_id == "t3":
+            raise ZeroDivisionError("a bug")
+        return evolve(spec, timeout=1.0)
+
+    put(root / "scripts" / "x.sh", "#!/bin/sh\n# task_class: FAST_SCRIPT\n")
+    executor = playing()
+    async with open_worker(WORKER, settings=with_scripts(root), executor=executor, spec_of=change) as worker:
+        files.drop("t1", script="x")
+        await files.ended("t1")
+        files.drop("t2", script="x")
+        assert "not on a Sunday" in (await files.buried("t2"))["dlq_detail"]
+        files.drop("t3", script="x")
+        letter = await files.buried("t3")
+        assert (letter["dlq_reason"], letter["dlq_detail"]) == (
+            "invalid_format",
+            "no job could be made of it: ZeroDivisionError: a bug",
+        )
+        assert "executor" not in " ".join(worker.reasons)
+    assert [(spec.timeout, type(spec.agent)) for spec in seen] == [(120.0, ScriptAgent)] * 3
+    assert executor.executed[0].timeout == 1.0
+
+
+async def test_a_catalogue_that_takes_long_to_read_holds_up_nobody_else(
+    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read, reads = threading.Event(), threading.Event()
+    real = Catalogue.read.__func__  # type: ignore[attr-defined]  # of a classmethod
+
+    def slow(cls: type[Catalogue], directories: Any) -> Catalogue:
+        reads.set()
+        assert may_read.wait(LIMIT)
+        found: Catalogue = real(cls, directories)
+        return found
+
+    monkeypatch.setattr(Catalogue, "read", classmethod(slow))
+    put(root / "scripts" / "x.sh", "#!/bin/sh\n")
+    async with open_worker(WORKER, settings=with_scripts(root), executor=MockExecutor(made_up)) as worker:
+        try:
+            files.drop("script", script="x")
+            assert await trio.to_thread.run_sync(reads.wait, LIMIT)
+            files.drop("other")
+            assert (await files.ended("other"))["status"] == "completed"
+            assert files.result("script") is None
+            assert worker.active_tasks == ("script",)
+        finally:
+            may_read.set()
+        assert (await files.ended("script"))["status"] == "completed"
