@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self, final
 
@@ -24,14 +25,23 @@ class Bus:
         self._history: deque[Event] = deque(maxlen=BUFFER)
         self._count = 0
         self._readers: set[Subscription] = set()
+        self._tap: Callable[[Event], None] | None = None
         self._closed = False
         self._ended = trio.Event()
+
+    def tap(self, take: Callable[[Event], None]) -> None:
+        """Hand each event to `take` at once: what is kept of the past now, the others as they are published."""
+        for event in self._history:
+            take(event)
+        self._tap = take
 
     def publish(self, event: Event) -> None:
         """Stamp `event` and hand it to every reader. Never waits."""
         stamped = published(event, time=time.time(), job_id=self._job_id)
         self._history.append(stamped)
         self._count += 1
+        if self._tap is not None:
+            self._tap(stamped)
         for reader in self._readers:
             reader._push(stamped)
 

@@ -4,7 +4,7 @@
     open the nursery
         child 1: the index    this job's lease on the watch of the workspace, which lives in the supervisor's nursery:
                               levels what is stale, watches, and settles when the last job leaves
-        child 2: the heartbeat
+        child 2: the heartbeat, and beside it who writes the event log
         wait until the index says that the agent may start, at most `startup_timeout`
         child 3: the agent    when this child has ended, its tree is empty
         give the lease back, and wait for the report
@@ -38,6 +38,7 @@ from supervise.index.pool import Guest, Lease, WatchPool, Wish
 from supervise.index.watch import Index, NoIndex
 from supervise.job.agent_side import AgentSide, plain, told
 from supervise.job.environment import agent_environment, index_environment
+from supervise.job.event_log import EVENTS, EventLog
 from supervise.job.handle import Job, JobState
 from supervise.job.heartbeat import beat
 from supervise.job.threads import in_thread
@@ -78,12 +79,14 @@ async def run(job: Job, shared: Shared, directory: Path, turn: Turn, *, with_ind
     began, clock = time.time(), trio.current_time()
     parts: Parts | None = None
     bug: str | None = None
+    events = EventLog(directory / EVENTS, shared.settings.events_max_bytes)
+    job._bus.tap(events.take)
     try:
         with job._scope:
             await turn.comes()
             began, clock = time.time(), trio.current_time()
             parts = Parts(job, shared, directory, with_index=with_index)
-            await live(job, parts)
+            await live(job, parts, events)
     except* Exception as errors:
         bug = _bug(job, parts, errors)
     finally:
@@ -92,12 +95,13 @@ async def run(job: Job, shared: Shared, directory: Path, turn: Turn, *, with_ind
             if parts is not None:
                 parts.give_back()
                 await in_thread(parts.logs.close)
+            await events.close(result, _masker(job, parts).text)
             await _write(directory / RESULT, result)
         turn.end()
         job._finish(result)
 
 
-async def live(job: Job, parts: Parts) -> None:
+async def live(job: Job, parts: Parts, events: EventLog) -> None:
     """The nursery. On every road out, the agent's tree is empty and the index has reported."""
     job._publish(parts.introduction())
     job._enter(JobState.STARTING)
@@ -108,6 +112,7 @@ async def live(job: Job, parts: Parts) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(parts.run_index, name="index")
         nursery.start_soon(beat, *beats, name="heartbeat")
+        nursery.start_soon(events.keep, parts.masker.text, name="event log")
         agent_runs = False
         try:
             with trio.move_on_after(parts.startup_timeout):
@@ -131,6 +136,7 @@ async def live(job: Job, parts: Parts) -> None:
             raise
         finally:
             beating.cancel()
+            events.stop()
 
 
 @frozen
@@ -304,10 +310,15 @@ def _one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
+def _masker(job: Job, parts: Parts | None) -> Masker:
+    """Also of a job that was never put together."""
+    return parts.masker if parts else Masker(secret_values(os.environ) | secret_values(job.spec.env))
+
+
 def _bug(job: Job, parts: Parts | None, error: BaseException) -> str:
     """Log a bug of ours, or of an agent or a disk that did what nobody thought of, and put it in one line."""
     error = plain(error)
-    masker = parts.masker if parts else Masker(secret_values(os.environ))
+    masker = _masker(job, parts)
     log.error("job %s: a bug in supervise\n%s", job.job_id, masker.text(told(error)))
     return _one_line(masker.text(f"a bug in supervise: {type(error).__name__}: {error}"))
 
@@ -319,15 +330,16 @@ def _result(job: Job, parts: Parts | None, bug: str | None, began: float, second
             return parts.result(began=began, seconds=seconds, bug=bug)
         except Exception as error:
             bug = _bug(job, parts, error)
+    mask = _masker(job, parts).text
     return JobResult(
         job_id=job.job_id,
         outcome=Outcome.FAILED if bug else Outcome.CANCELLED,
         failure_kind=FailureKind.AGENT_ERROR if bug else None,
-        error=bug or f"cancelled: {job.cancel_reason or BY_SCOPE}",
+        error=bug or _one_line(mask(f"cancelled: {job.cancel_reason or BY_SCOPE}")),
         duration_seconds=seconds,
         started_at=began,
         ended_at=time.time(),
-        labels=job.spec.labels,
+        labels={mask(name): mask(text) for name, text in job.spec.labels.items()},
     )
 
 

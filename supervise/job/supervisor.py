@@ -11,16 +11,18 @@ from typing import final
 
 import trio
 
-from supervise import durable
 from supervise.errors import SettingsError, SpecError, SuperviseError
 from supervise.index.outfit import RealOutfit
 from supervise.index.pool import WatchPool
 from supervise.job import nursery as job_nursery
 from supervise.job.agent_side import plain
+from supervise.job.event_log import EVENTS
 from supervise.job.handle import Job
 from supervise.job.heartbeat import HEARTBEAT
 from supervise.job.threads import in_thread
+from supervise.job.tidy import Tidy, prepare
 from supervise.job.turns import Turn, Turns
+from supervise.log_context import telling_of
 from supervise.model import JobResult, JobSpec, SweepReport
 from supervise.processes.session import require_platform
 from supervise.processes.sweep import sweep
@@ -119,9 +121,7 @@ class Supervisor:
             raise SpecError(f"JobSpec.job_id is {spec.job_id!r}, but a job of this id is running; choose another")
         directory = self.settings.state_dir / "jobs" / spec.job_id
         try:
-            durable.make_private(directory)
-            for name in (job_nursery.RESULT, HEARTBEAT):  # of an earlier job of this id
-                (directory / name).unlink(missing_ok=True)
+            prepare(directory, (job_nursery.RESULT, HEARTBEAT, EVENTS))  # without those of an earlier job of this id
         except OSError as error:
             raise _unwritable(self.settings, error) from error
         job = Job(spec)
@@ -136,7 +136,8 @@ class Supervisor:
     async def _run(self, job: Job, directory: Path, turn: Turn, with_index: bool) -> None:
         try:
             shared = job_nursery.Shared(self.settings, self._containments, self._watches)
-            await job_nursery.run(job, shared, directory, turn, with_index=with_index)
+            with telling_of(job_id=job.job_id):
+                await job_nursery.run(job, shared, directory, turn, with_index=with_index)
         finally:
             del self._jobs[job.job_id]
 
@@ -158,6 +159,7 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
         UnsupportedPlatform: this system cannot own a tree of processes, or not as `settings.containment` asks for.
 
     What an earlier supervisor has left, killed together with its helpers, is ended first (see `Supervisor.swept`).
+    Beside the jobs, directories of old ones are removed, as `settings.jobs_max_age` and `jobs_max_bytes` say.
     Leaving the block waits for the jobs. An exception in the block, or a cancellation, cancels them, waits for
     their teardown, and leaves unwrapped.
 
@@ -179,6 +181,9 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
         try:
             async with trio.open_nursery() as nursery:
                 supervisor = Supervisor(nursery, settings, max_concurrent, containments, swept)
+                jobs, is_running = settings.state_dir / "jobs", supervisor._jobs.__contains__
+                tidy = Tidy(jobs, settings.jobs_max_age, settings.jobs_max_bytes, is_running)
+                nursery.start_soon(tidy.run, name="supervise tidy")
                 try:
                     yield supervisor
                     for job in supervisor.jobs:
@@ -190,6 +195,7 @@ async def open_supervisor(*, max_concurrent: int = 5, settings: Settings | None 
                     await _outlast(supervisor.jobs)
                 finally:
                     supervisor._closed = True
+                    tidy.stop()
         except BaseExceptionGroup as group:
             # That the jobs' tasks were cancelled, too, is no news beside the block's own exception.
             other = group.split(trio.Cancelled)[1]

@@ -95,7 +95,7 @@ async def test_hundreds_of_jobs_leave_nothing(tmp_path: Path, leaks: Leaks) -> N
         assert after.trio_threads <= MOST_TRIO_THREADS
         assert after.memory - before.memory < MEMORY
         assert after.zygote - before.zygote < MEMORY / 10
-        assert len(os.listdir(tmp_path / "jobs")) == JOBS + 20
+        assert len([path for path in (tmp_path / "jobs").iterdir() if path.is_dir()]) == JOBS + 20
         print(f"{each * 1000:.1f} ms for each job, {after.memory - before.memory} bytes kept")  # see it by -rP
     assert os.listdir(tmp_path / "run") == []
 

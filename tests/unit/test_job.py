@@ -1016,7 +1016,7 @@ async def test_the_nursery_holds_index_agent_and_heartbeat(
         async with supervise.open_job(make(MockAgent(hang=True)), settings=settings) as job:
             await job.spawned()
             await trio.testing.wait_all_tasks_blocked()
-            assert children_of(f"supervise job {job.job_id}") == ["agent", "heartbeat", "index"]
+            assert children_of(f"supervise job {job.job_id}") == ["agent", "event log", "heartbeat", "index"]
             job.cancel()
 
 
