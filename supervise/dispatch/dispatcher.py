@@ -27,6 +27,7 @@ from supervise.dispatch.task import MOST_PRIORITY, Attempt, Task
 from supervise.errors import BadInput, SpecError, SuperviseError
 from supervise.events import Event, TaskBuried, TaskClaimed, TaskFinished, TaskPutBack, TaskRetried, WorkerTrouble
 from supervise.executors.protocol import Executor
+from supervise.log_context import telling_of
 from supervise.model import FailureKind, JobResult, JobSpec, Outcome
 
 __all__ = ["Dispatcher", "Stats"]
@@ -323,9 +324,10 @@ class Dispatcher:
 
     async def _attempt(self, offer: Offer, arrival: int, permit: Permit) -> None:
         try:
-            claim = await self._claim(offer, arrival)
-            if claim is not None:
-                await self._run(claim, permit)
+            with telling_of(worker=self._worker, task_id=offer.task_id):
+                claim = await self._claim(offer, arrival)
+                if claim is not None:
+                    await self._run(claim, permit)
         finally:
             self._breaker.given_up(permit)  # unless it has been handed back
             self.active.remove((offer.task_id, offer.attempts + 1))

@@ -1,0 +1,231 @@
+"""Log lines: for people and as JSON, each with its job, and none with a secret."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from rich.text import Text
+
+from supervise import JobSpec, LogSettings, MissingExtra, Settings, run_job
+from supervise.cli import view
+from supervise.cli.told import Told, console_for
+from supervise.events import AgentText, StateChanged, published
+from supervise.log_context import AboutFilter, about, telling_of
+from supervise.observe import logs
+from supervise.secrets import Masker
+
+log = logging.getLogger("supervise.test")
+
+
+@contextmanager
+def written(settings: LogSettings, masker: Masker | None = None) -> Iterator[Callable[[], list[str]]]:
+    """What is logged inside, as lines."""
+    stream = io.StringIO()
+    level = logging.getLogger("supervise").level
+    handler = logs.configure(settings, stream=stream, masker=masker)
+    try:
+        yield lambda: stream.getvalue().splitlines()
+    finally:
+        logging.getLogger("supervise").removeHandler(handler)
+        logging.getLogger("supervise").setLevel(level)
+
+
+JSON = LogSettings(format="json")
+
+
+def test_a_json_line_has_time_level_logger_and_job() -> None:
+    with written(JSON) as lines, telling_of(job_id="j1"), telling_of(worker="w1", task_id="t1"):
+        log.warning("it is %s", "Grüße")
+    [line] = map(json.loads, lines())
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {
+        "level": "warning",
+        "logger": "supervise.test",
+        "event": "it is Grüße",
+        "job_id": "j1",
+        "worker": "w1",
+        "task_id": "t1",
+    }
+
+
+def test_a_line_for_people_has_the_same() -> None:
+    with written(LogSettings()) as lines, telling_of(job_id="j1"):
+        log.error("gone: %s", "x")
+    [line] = lines()
+    assert "\x1b" not in line
+    assert [word in line for word in ("error", "gone: x", "job_id=j1", "supervise.test", "Z")] == [True] * 5
+
+
+def test_outside_of_a_job_there_is_none() -> None:
+    with written(JSON) as lines:
+        with telling_of(job_id="j1"):
+            pass
+        log.warning("alone")
+    assert "job_id" not in lines()[0]
+    assert about() == {}
+
+
+@pytest.mark.parametrize(("level", "shown"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+def test_the_level_leaves_out_what_is_less(level: Any, shown: int) -> None:
+    with written(LogSettings(level=level)) as lines:
+        for each in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+            log.log(each, "line")
+    assert len(lines()) == shown
+
+
+@pytest.mark.parametrize("format", ["console", "json"])
+def test_no_secret_is_in_a_line_a_field_or_a_traceback(format: Any) -> None:
+    secret = 'sk-"quoted"-4711'
+
+    def fail() -> None:
+        local = secret
+        raise ValueError(f"refused: {local}")
+
+    with written(LogSettings(format=format), Masker([secret])) as lines, telling_of(task_id=f"t-{secret}"):
+        log.warning("key %s", secret, extra={"more": secret})
+        try:
+            fail()
+        except ValueError:
+            log.exception("it failed")
+    text = "\n".join(lines())
+    assert "4711" not in text
+    assert "***" in text
+    assert "ValueError: refused" in text.replace('\\"', "")
+    assert "in fail" in text
+    assert "local = " not in text.replace("local = secret", "")  # no values of variables
+
+
+def test_json_stays_one_line_whatever_is_logged() -> None:
+    with written(JSON) as lines:
+        log.warning("two\nlines \x1b[31m %s", "\ud800", extra={"deep": {"a": [1, {2}]}})
+        try:
+            raise RuntimeError("x\ny")
+        except RuntimeError:
+            log.exception("it failed")
+    first, second = map(json.loads, lines())
+    assert first["event"].startswith("two\nlines")
+    assert "x\ny" in second["exception"]
+
+
+def test_a_terminal_is_not_steered() -> None:
+    with written(LogSettings()) as lines, telling_of(task_id="\x1b[2J"):
+        log.warning("\x1b]0;title\x07 %s", "\r\x9b31m")
+    assert "".join(lines()).isprintable()
+
+
+def test_a_handler_of_ones_own_gets_the_job() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(AboutFilter())
+    handler.setFormatter(logging.Formatter("%(job_id)s|%(task_id)s|%(message)s"))
+    log.addHandler(handler)
+    try:
+        with telling_of(job_id="j1"):
+            log.warning("a")
+        log.warning("b")
+    finally:
+        log.removeHandler(handler)
+    assert stream.getvalue() == "j1||a\n||b\n"
+
+
+def test_without_structlog_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "structlog", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'trio-supervise\[cli\]'"):
+        logs.formatter(JSON)
+
+
+async def test_a_job_and_its_threads_log_with_its_id(tmp_path: Path) -> None:
+    async def play(run: Any) -> None:
+        log.warning("in the agent")
+        await trio.to_thread.run_sync(lambda: log.warning("in a thread"))
+        raise RuntimeError("bug")
+
+    class Agent:
+        name = "own"
+        run = staticmethod(play)
+
+    settings = Settings(state_dir=tmp_path / "state", containment="process-group")
+    with written(JSON) as lines:
+        async with trio.open_nursery() as nursery:
+            for job_id in ("one", "two"):
+                spec = JobSpec(prompt="x", workspace=tmp_path, job_id=job_id, agent=Agent(), index=None)
+                nursery.start_soon(lambda spec=spec: run_job(spec, settings=settings))
+    found = [json.loads(line) for line in lines()]
+    for words in ("in the agent", "in a thread", "the agent raised"):
+        assert sorted(line["job_id"] for line in found if words in line["event"]) == ["one", "two"]
+
+
+# --- on the screen of a command ----------------------------------------------------------------------------
+
+
+def told(settings: LogSettings, console_stream: io.StringIO) -> Told:
+    return Told(console_stream, settings, Masker(["hidden"]))
+
+
+def test_what_is_said_is_logged_where_json_is_wanted() -> None:
+    stream = io.StringIO()
+    console = told(JSON, stream)
+    view.say(console, "supervise: hidden is gone", "red")
+    view.tell(console, "fine", "bold green")
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (first["level"], first["event"], first["logger"]) == ("error", "supervise: *** is gone", "supervise.cli")
+    assert (second["level"], second["event"]) == ("info", "fine")
+
+
+async def test_events_are_logged_where_json_is_wanted() -> None:
+    stream = io.StringIO()
+    events = [published(StateChanged(state="running"), time=1.0, job_id="j1")]
+    events.append(published(AgentText(text="hello"), time=2.0, job_id="j1"))
+
+    async def each() -> Any:
+        for event in events:
+            yield event
+
+    await view.follow(each(), told(JSON, stream), "title")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["type"], line["who"], line["event"], line["job_id"]) for line in lines] == [
+        ("state", "job", "running", "j1"),
+        ("agent_text", "agent", "hello", "j1"),
+    ]
+
+
+@pytest.mark.parametrize("format", ["console", "json"])
+def test_what_is_less_important_is_left_out(format: Any) -> None:
+    stream = io.StringIO()
+    console = told(LogSettings(format=format, level="warning"), stream)
+    view.say(console, "a notice", "dim")
+    view.say(console, "a warning", "yellow")
+    view.say(console, "an error", "bold red")
+    assert "a notice" not in stream.getvalue()
+    assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_the_log_is_on_the_console_for_the_length_of_the_block() -> None:
+    stream = io.StringIO()
+    before = logging.getLogger("supervise").handlers[:]
+    with console_for(stream, Settings(log=JSON), Masker()) as console:
+        log.info("inside")
+        console.print(Text("beside"))
+    log.warning("outside")
+    assert "inside" in stream.getvalue()
+    assert "outside" not in stream.getvalue()
+    assert logging.getLogger("supervise").handlers == before
+
+
+def test_a_console_that_cannot_be_written_harms_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    with console_for(Broken(), Settings(log=JSON), Masker()):
+        log.warning("lost")
+    assert "Input/output error" in capfd.readouterr().err
