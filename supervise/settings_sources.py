@@ -3,6 +3,7 @@
 typed-settings lists the settings, reads the file and merges the sources. What it leaves open is done here:
 unknown names are errors; each value is checked by itself, so that a message can say where it came from; no
 message holds a secret. Nothing is raised inside an `except`: a chained JSON or TOML error carries the whole text.
+Nor does the traceback lead through frames whose variables hold secrets: some tools print those, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
+import tomllib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -24,14 +27,18 @@ from supervise.settings import Settings, home_of_user
 if TYPE_CHECKING:
     from typed_settings.types import LoadedSettings, OptionInfo
 
-__all__ = ["load", "load_with_origins"]
+__all__ = ["load", "load_with_origins", "nearest", "settings_file"]
 
 PREFIX: Final = "SUPERVISE_"
 #: Names with our prefix that are no settings: the mark that we set in the environment of children.
 NOT_SETTINGS: Final = frozenset({"SUPERVISE_MARK"})
 
 COMMAND_LINE: Final = "command line"
-_DEFAULT: Final = "default"
+DEFAULT: Final = "default"
+FILE: Final = "file "
+#: Longer files are not searched for the line of a bad value: that is slow.
+SEARCHED: Final = 16 * 1024
+_ABSENT: Final = object()
 _BOOLEANS: Final = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
     **dict.fromkeys(("false", "0", "no", "off"), False),
@@ -45,7 +52,11 @@ def load(
     overrides: Mapping[str, Any],
 ) -> Settings:
     """The settings; see `Settings.load`."""
-    return load_with_origins(config=config, environ=environ, overrides=overrides)[0]
+    loaded = _tried(config, environ, overrides)
+    if isinstance(loaded, SettingsError):
+        del environ, overrides  # a traceback may be printed with the variables of its frames
+        raise loaded
+    return loaded[0]
 
 
 def load_with_origins(
@@ -61,18 +72,51 @@ def load_with_origins(
     Raises:
         SettingsError, MissingExtra: as `Settings.load`.
     """
+    loaded = _tried(config, environ, overrides)
+    if isinstance(loaded, SettingsError):
+        del environ, overrides
+        raise loaded
+    return loaded
+
+
+def settings_file(config: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Path:
+    """The file that is read: the one that was named, or the user's. It need not exist.
+
+    Raises:
+        SettingsError: the name is relative, and the working directory is gone.
+    """
+    home = _home(environ)
+    if config is not None:
+        path: Path = _absolute(config, Path(), home)
+        return path
+    return (_absolute_directory(environ, "XDG_CONFIG_HOME") or home / ".config") / "supervise/supervise.toml"
+
+
+def _tried(
+    config: str | os.PathLike[str] | None, environ: Mapping[str, str], overrides: Mapping[str, Any]
+) -> tuple[Settings, dict[str, str]] | SettingsError:
+    """What there is, or the error without its traceback."""
+    try:
+        return _load(config, environ, overrides)
+    except SettingsError as error:
+        return error.with_traceback(None)
+
+
+def _load(
+    config: str | os.PathLike[str] | None, environ: Mapping[str, str], overrides: Mapping[str, Any]
+) -> tuple[Settings, dict[str, str]]:
     options = _options()
     from typed_settings.dict_utils import merge_settings
 
-    home = _absolute_directory(environ, "HOME") or home_of_user()
+    home = _home(environ)
     sources = [
         _defaults(environ),
-        *_file(config, environ, home, options),
+        *_file(settings_file(config, environ), config is not None, options),
         *_environment(environ, options),
         _command_line(overrides, options),
     ]
     merged = merge_settings(tuple(options.values()), sources)
-    origins = dict.fromkeys(options, _DEFAULT)
+    origins = dict.fromkeys(options, DEFAULT)
     values: dict[type, dict[str, Any]] = {option.parent_cls: {} for option in options.values()}
     for name, (value, meta) in merged.items():
         option = options[name]
@@ -111,28 +155,19 @@ def _defaults(environ: Mapping[str, str]) -> LoadedSettings:
     home = _absolute_directory(environ, "HOME")
     if state is None and home is not None:
         state = home / ".local" / "state"
-    return _loaded({} if state is None else {"state_dir": state / "supervise"}, _DEFAULT)
+    return _loaded({} if state is None else {"state_dir": state / "supervise"}, DEFAULT)
 
 
-def _file(
-    config: str | os.PathLike[str] | None,
-    environ: Mapping[str, str],
-    home: Path,
-    options: Mapping[str, OptionInfo],
-) -> list[LoadedSettings]:
+def _file(path: Path, named: bool, options: Mapping[str, OptionInfo]) -> list[LoadedSettings]:
     """The file that was named, which must exist, or the user's, which may."""
-    if config is None:
-        path = (_absolute_directory(environ, "XDG_CONFIG_HOME") or home / ".config") / "supervise/supervise.toml"
-    else:
-        path = _absolute(config, Path(), home)
     data, problem = _toml(path)
-    if problem or (data is None and config is not None):
+    if problem or (data is None and named):
         problem = problem or "does not exist; name another file or leave --config out"
         raise SettingsError(f"{path} {problem}")
     if data is None:
         return []
     _refuse_unknown(data, path, options)
-    return [_loaded(data, f"file {path}", path.parent)]
+    return [_loaded(data, f"{FILE}{path}", path.parent)]
 
 
 def _toml(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -176,13 +211,14 @@ def _refuse_unknown(data: Mapping[str, Any], path: Path, options: Mapping[str, O
     tables = {name.partition(".")[0] for name in options if "." in name}
     for key, value in data.items():
         if key in tables and not isinstance(value, dict):
-            raise SettingsError(f"{path}: {key!r} must be a table, written as [{key}]")
+            raise SettingsError(f"{path}{_line(path, key)}: {key!r} must be a table, written as [{key}]")
         for name in [f"{key}.{inner}" for inner in value] if key in tables else [key]:
             if name not in options:
-                raise SettingsError(f"{path}: {_unknown(name, [*options, *tables])}")
+                raise SettingsError(f"{path}{_line(path, name)}: {_unknown(name, [*options, *tables])}")
         if "." in key:  # a quoted key: the merge would not find it
             table, _, name = key.partition(".")
-            raise SettingsError(f"{path}: write {key!r} without quotes, or as {name!r} under [{table}]")
+            place = f"{path}{_line(path, key, quoted=True)}"
+            raise SettingsError(f"{place}: write {key!r} without quotes, or as {name!r} under [{table}]")
 
 
 def _environment(environ: Mapping[str, str], options: Mapping[str, OptionInfo]) -> list[LoadedSettings]:
@@ -215,9 +251,59 @@ def _command_line(overrides: Mapping[str, Any], options: Mapping[str, OptionInfo
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "docs/settings.md lists the settings"
+    near = nearest(name, known)
+    hint = f"did you mean {near}?" if near else "docs/settings.md lists the settings"
     return f"{name!r} is no setting; {hint}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The names that may have been meant, quoted and joined by "or"; empty if none is near.
+
+    First those that differ in case and separators only, then those of another table, then what is spelled alike.
+    """
+    names = [*known]
+    found = [each for each in names if _letters(each) == _letters(name)]
+    found = found or [each for each in names if _letters(_last(each)) == _letters(_last(name))]
+    found = found or difflib.get_close_matches(name, names, n=1)
+    if not found:
+        of_last = {_last(each): each for each in reversed(names)}
+        found = [of_last[each] for each in difflib.get_close_matches(_last(name), of_last, n=1, cutoff=0.75)]
+    return " or ".join(map(repr, found))
+
+
+def _last(name: str) -> str:
+    """The name within its table, of a dotted name or one of the environment."""
+    return re.split(r"\.|__", name.removeprefix(PREFIX))[-1]
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _line(path: Path, name: str, *, quoted: bool = False) -> str:
+    """ ", line 3" for the place in the file where `name` gets its value; empty if that cannot be told.
+
+    tomllib tells no places. But the beginning of a file, up to the end of a line, is TOML as well, unless it ends
+    within a value: the place is behind the longest beginning without the name.
+    """
+    keys = [name] if quoted else name.split(".")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    lines = text.split("\n") if len(text) <= SEARCHED else []
+    before = 0
+    for number in range(1, len(lines) + 1):
+        try:
+            found: Any = tomllib.loads("\n".join(lines[:number]))
+        except (ValueError, RecursionError):
+            continue
+        for key in keys:
+            found = found.get(key, _ABSENT) if isinstance(found, dict) else _ABSENT
+        if found is not _ABSENT:
+            return f", line {before + 1}"
+        before = number
+    return ""
 
 
 # --- the values --------------------------------------------------------------------------------------------
@@ -228,7 +314,7 @@ def _checked(option: OptionInfo, value: Any, origin: str, base: Path, home: Path
     try:
         if value == "" and NoneType in get_args(option.cls):
             value = None
-        elif isinstance(value, str) and not origin.startswith("file "):  # a file has types of its own
+        elif isinstance(value, str) and not origin.startswith(FILE):  # a file has types of its own
             value = _from_text(value, option)
         if Path in (option.cls, *get_args(option.cls)):
             several = isinstance(value, list | tuple)
@@ -238,7 +324,10 @@ def _checked(option: OptionInfo, value: Any, origin: str, base: Path, home: Path
         return float(value) if option.cls is float else value
     except SettingsError as error:
         problem = str(error)
-    raise SettingsError(f"{problem} ({origin})")
+    place = origin
+    if origin.startswith(FILE):
+        place += _line(Path(origin.removeprefix(FILE)), option.path)
+    raise SettingsError(f"{problem} ({place})")
 
 
 def _from_text(text: str, option: OptionInfo) -> Any:
@@ -278,6 +367,10 @@ def _from_json(text: str, option: OptionInfo, what: str) -> Any:
 
 
 # --- places ------------------------------------------------------------------------------------------------
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    return _absolute_directory(environ, "HOME") or home_of_user()
 
 
 def _absolute_directory(environ: Mapping[str, str], name: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from supervise.errors import MissingExtra, SettingsError, SuperviseError
 from supervise.secrets import Secret
 from supervise.settings import Settings
-from supervise.settings_sources import load_with_origins
+from supervise.settings_sources import load_with_origins, settings_file
 
 KEY = "pa-TopSecret-0123456789"
 
@@ -144,16 +146,42 @@ def test_a_named_file_must_exist(home: Path, tmp_path: Path) -> None:
 
 def test_no_file_in_the_working_directory_is_read(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
-    for name in ("supervise.toml", ".supervise.toml", "supervise/supervise.toml", ".config/supervise/supervise.toml"):
+    names = ("supervise.toml", ".supervise.toml", "supervise/supervise.toml", ".config/supervise/supervise.toml")
+    for name in (*names, "config.toml", "config/supervise/supervise.toml"):
         write(here / name, "kill_wait = 77")
     write(here / "pyproject.toml", "[tool.supervise]\nkill_wait = 77")
     monkeypatch.chdir(here)
     assert load(home).kill_wait == 5.0
     # Relative directories are in the working directory.
-    assert load(home, {"XDG_CONFIG_HOME": "."}).kill_wait == 5.0
-    assert load(home, {"XDG_CONFIG_HOME": ""}).kill_wait == 5.0
+    for directory in (".", "", "config", "./config", ".config", "../here"):
+        assert load(home, {"XDG_CONFIG_HOME": directory}).kill_wait == 5.0
+    assert load(home, {"XDG_CONFIG_HOME": str(here)}).kill_wait == 77.0  # the files are good
     monkeypatch.setattr("supervise.settings_sources.home_of_user", lambda: home)
-    assert Settings.load(environ={"HOME": "."}).kill_wait == 5.0
+    for directory in (".", "", "../here"):
+        assert Settings.load(environ={"HOME": directory}).kill_wait == 5.0
+
+
+def test_no_file_in_a_workspace_is_read(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = tmp_path / "workspace"
+    for name in ("supervise.toml", ".supervise.toml", ".config/supervise/supervise.toml", ".supervise/supervise.toml"):
+        write(workspace / name, "kill_wait = 77")
+    (workspace / "below").mkdir()
+    monkeypatch.chdir(workspace / "below")  # nor is one looked for in the directories above
+    env = {"SUPERVISE_WORKER__WORKSPACE": str(workspace), "SUPERVISE_WORKER__WORKSPACES": str(tmp_path)}
+    assert load(home, {**env, "SUPERVISE_WORKER__ROOT": str(workspace)}).kill_wait == 5.0
+    path = users_file(home, f"worker.workspace = '{workspace}'")
+    settings, origins = load_with_origins(environ={"HOME": str(home)}, overrides={})
+    assert (settings.kill_wait, origins["worker.workspace"]) == (5.0, f"file {path}")
+
+
+def test_the_file_that_is_read_can_be_told(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"HOME": str(home)}
+    assert settings_file(None, environ) == home / ".config/supervise/supervise.toml"
+    assert settings_file(None, {**environ, "XDG_CONFIG_HOME": "/x"}) == Path("/x/supervise/supervise.toml")
+    assert settings_file(None, {**environ, "XDG_CONFIG_HOME": "x"}) == home / ".config/supervise/supervise.toml"
+    monkeypatch.chdir(tmp_path)
+    assert settings_file("a/../b.toml", environ) == tmp_path / "b.toml"
+    assert settings_file("~/b.toml", environ) == home / "b.toml"
 
 
 def test_a_file_speaks_toml(home: Path) -> None:
@@ -355,14 +383,15 @@ def test_the_state_directory_follows_xdg(home: Path) -> None:
         ("SUPERVISE_INDEX__STARTUP_TIMOUT", "SUPERVISE_INDEX__STARTUP_TIMEOUT"),
         ("SUPERVISE_INDEX_STARTUP_TIMEOUT", "SUPERVISE_INDEX__STARTUP_TIMEOUT"),
         ("SUPERVISE_KILLWAIT", "SUPERVISE_KILL_WAIT"),
+        ("SUPERVISE_STARTUP_TIMEOUT", "SUPERVISE_INDEX__STARTUP_TIMEOUT"),
+        ("SUPERVISE_AGENT__MODE", "SUPERVISE_INDEX__MODE"),
         ("SUPERVISE_worker__root", "SUPERVISE_WORKER__ROOT"),
     ],
 )
 def test_unknown_names_in_the_environment(home: Path, name: str, near: str) -> None:
     message = refusal(home, {name: KEY})
     assert message.startswith(f"environment: '{name}' is no setting; ")
-    if name.isupper():
-        assert message.endswith(f"did you mean '{near}'?")
+    assert message.endswith(f"did you mean '{near}'?")
     assert KEY not in message
 
 
@@ -371,18 +400,30 @@ def test_other_names_in_the_environment_are_not_ours(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "near"),
+    ("text", "line", "name", "near"),
     [
-        ("[index]\nstartup_timout = 5", "index.startup_timout", "index.startup_timeout"),
-        ("[index]\nstartup-timeout = 5", "index.startup-timeout", "index.startup_timeout"),
-        ("startup_timeout = 5", "startup_timeout", "index.startup_timeout"),
-        ("[idnex]\nmode = 'none'", "idnex", "index"),
-        ("statedir = '/a'", "statedir", "state_dir"),
+        ("[index]\nstartup_timout = 5", 2, "index.startup_timout", "'index.startup_timeout'"),
+        ("[index]\nstartup-timeout = 5", 2, "index.startup-timeout", "'index.startup_timeout'"),
+        ("startup_timeout = 5", 1, "startup_timeout", "'index.startup_timeout'"),
+        ("[agent]\nmode = 'none'", 2, "agent.mode", "'index.mode'"),
+        ("# mine\n\nroot = '/a'", 3, "root", "'worker.root'"),
+        (
+            "termination_timeout = 5",
+            1,
+            "termination_timeout",
+            "'agent.termination_timeout' or 'index.termination_timeout'",
+        ),
+        ("[worker]\nvoyage_api_kye = ''", 2, "worker.voyage_api_kye", "'index.voyage_api_key'"),
+        ("Kill_Wait = 5", 1, "Kill_Wait", "'kill_wait'"),
+        ("[index]\nMode = 'none'", 2, "index.Mode", "'index.mode'"),
+        ("[Index]\nmode = 'none'", 1, "Index", "'index'"),
+        ("[idnex]\nmode = 'none'", 1, "idnex", "'index'"),
+        ("statedir = '/a'", 1, "statedir", "'state_dir'"),
     ],
 )
-def test_unknown_names_in_the_file(home: Path, text: str, name: str, near: str) -> None:
+def test_unknown_names_in_the_file(home: Path, text: str, line: int, name: str, near: str) -> None:
     path = users_file(home, text)
-    assert refusal(home) == f"{path}: '{name}' is no setting; did you mean '{near}'?"
+    assert refusal(home) == f"{path}, line {line}: '{name}' is no setting; did you mean {near}?"
 
 
 def test_names_like_no_other_point_to_the_list(home: Path) -> None:
@@ -392,14 +433,19 @@ def test_names_like_no_other_point_to_the_list(home: Path) -> None:
 
 def test_a_table_is_a_table(home: Path) -> None:
     path = users_file(home, "index = 'cidx'")
-    assert refusal(home) == f"{path}: 'index' must be a table, written as [index]"
+    assert refusal(home) == f"{path}, line 1: 'index' must be a table, written as [index]"
     users_file(home, "'index.mode' = 'cidx'")
-    assert refusal(home) == f"{path}: write 'index.mode' without quotes, or as 'mode' under [index]"
+    assert refusal(home) == f"{path}, line 1: write 'index.mode' without quotes, or as 'mode' under [index]"
 
 
 def test_unknown_names_on_the_command_line(home: Path) -> None:
     message = refusal(home, index__mod="cidx")
     assert message == "command line: 'index.mod' is no setting; did you mean 'index.mode'?"
+    assert refusal(home, mode="cidx").endswith("did you mean 'index.mode'?")
+    assert refusal(home, Index__Mode="cidx").endswith("did you mean 'index.mode'?")
+    assert refusal(home, kill__wait="cidx").endswith("did you mean 'kill_wait'?")
+    assert refusal(home, AGENT__TERMINATION_TIMEOUT=1).endswith("did you mean 'agent.termination_timeout'?")
+    assert refusal(home, url="cidx").endswith("did you mean 'redis.url'?")
 
 
 # --- bad values --------------------------------------------------------------------------------------------
@@ -445,6 +491,17 @@ def test_bad_values_in_the_environment(home: Path, name: str, text: str, parts: 
         ("agent.pass_env = 'A,B'", "agent.pass_env is 'A,B'", "a list of names"),
         ("worker.workspaces = '/a'", "worker.workspaces is", "a list of paths"),
         ("worker.root = 5", "worker.root is 5", "a path"),
+        ("worker.workspaces = ['/a', 5]", "worker.workspaces is (", "a list of paths"),
+        ("worker.max_concurrent = 2.0", "worker.max_concurrent is 2.0", "a whole number, 1 or more"),
+        ("worker.max_concurrent = true", "worker.max_concurrent is True", "a whole number, 1 or more"),
+        ("worker.metrics_port = '80'", "worker.metrics_port is '80'", "a port from 0 to 65535"),
+        ("kill_wait = true", "kill_wait is True", "a number of seconds above 0"),
+        ("kill_wait = inf", "kill_wait is inf", "a number of seconds above 0"),
+        ("agent.command = ['claude', 1]", "agent.command is ('claude', 1)", "a program and its arguments"),
+        ("agent.env = ['A=1']", "agent.env", "names and texts without NUL"),
+        ("http.token = 5", "http.token", "a text without NUL"),
+        ("http.host = 5", "http.host is 5", "an address or a name"),
+        ("log.level = 'loud'", "log.level is 'loud'", "one of debug, info, warning, error"),
         ('worker.root = "a\\u0000b"', "worker.root is", "a path"),
         ("orphan_grace = 2020-01-01", "orphan_grace is datetime.date(2020, 1, 1)", "a number of seconds"),
     ],
@@ -454,7 +511,26 @@ def test_bad_values_in_the_file(home: Path, text: str, name: str, allowed: str) 
     message = refusal(home)
     assert message.startswith(name)
     assert f"must be {allowed}" in message
-    assert message.endswith(f" (file {path})")
+    assert message.endswith(f" (file {path}, line 1)")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("# a\n\n[index]\n# mode\nmode = 5\n[agent]\n", ", line 5"),
+        ("index.mode = 5", ", line 1"),
+        ("orphan_grace = 1\nindex = { settle_time = 1, mode = 5 }\n", ", line 2"),
+        ("[agent]\ncommand = [\n 'x',\n # mode\n]\n[index]\n mode = [\n 1,\n 2\n]\n", ", line 7"),
+        ("[agent]\ncommand = '''\nindex.mode = 5\n[index]\nmode = 5'''\n[index]\r\nmode = 5\r\n", ", line 7"),
+        ("[agent]\ncommand = 'a\x85b\u2028c'\n[index]\nmode = 5\n", ", line 4"),
+        ("index.mode = 5 #" + 65536 * " ", ""),
+    ],
+)
+def test_the_line_of_a_bad_value_is_told(home: Path, text: str, line: str) -> None:
+    path = users_file(home, text)
+    message = refusal(home)
+    assert message.startswith("index.mode is ")
+    assert message.endswith(f"one of auto, cidx, none (file {path}{line})")
 
 
 def test_bad_values_on_the_command_line(home: Path) -> None:
@@ -516,6 +592,36 @@ def test_secrets_do_not_show_in_errors(home: Path, source: dict[str, Any]) -> No
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
     assert KEY not in repr(caught.value)
+
+
+def test_secrets_do_not_show_in_tracebacks_with_variables(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tools print the variables of each frame. What the caller handed over is in the caller's own frames."""
+    for name in SECRETS:
+        monkeypatch.setenv(variable(name), KEY)
+    monkeypatch.setenv("HOME", str(home))
+    users_file(home, f"http.token = '{KEY}'\nagent.env = {{ TOKEN = '{KEY}' }}\nkill_wait = 'x'")
+    for read in (Settings.load, lambda: load_with_origins(environ=os.environ, overrides={})):
+        with pytest.raises(SettingsError) as caught:
+            read()
+        shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+        assert "kill_wait is 'x'" in shown
+        assert "settings_sources" in shown
+        assert KEY not in shown
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_secrets_do_not_show_in_logs_and_copies(
+    home: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load(home, {variable(name): KEY})
+    value = attrgetter(name)(settings)
+    logging.getLogger("supervise.test").warning("%s %r %s", settings, value, {"settings": settings})
+    copy = attrs.evolve(settings, kill_wait=1.0)
+    as_dict = attrs.asdict(settings)
+    for shown in (caplog.text, repr(copy), str(as_dict), f"{value}", f"{value!r:>5}", str([value])):
+        assert KEY not in shown
+    assert "***" in str(as_dict)
+    assert "***" in caplog.text
 
 
 # --- the extra ---------------------------------------------------------------------------------------------

@@ -1,0 +1,346 @@
+"""What `supervise doctor` looks at. Each check stands alone, has a bound, and never raises."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import resource
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import trio
+from attrs import Factory, define, frozen
+
+from supervise.cli.redis_server import RedisTrouble, address_of, version_of
+from supervise.dispatch.watching import Inotify, sees_nothing
+from supervise.errors import MissingExtra, SuperviseError
+from supervise.model import Limits, StopPolicy, SweepReport
+from supervise.processes import machine
+from supervise.processes.child import TreeOptions, open_tree
+from supervise.processes.containment import Command
+from supervise.processes.hurry import Hurry
+from supervise.processes.records import leftovers
+from supervise.processes.sweep import sweep
+from supervise.processes.tiers import Containments, open_containments
+from supervise.settings import Settings
+
+__all__ = ["Check", "Findings", "examine"]
+
+#: Descriptors that a running job needs: pipes, sockets and pidfds of its trees, logs.
+DESCRIPTORS_OF_A_JOB = 30
+#: How long a program may take to say its version, in seconds.
+VERSION_TIMEOUT = 20.0
+#: How long a whole check may take, in seconds: a file system of a dead server answers never.
+LONGEST = 60.0
+REDIS_TIMEOUT = 5.0
+#: How long processes are looked through for what they watch, in seconds.
+LOOK = 1.0
+#: File systems whose clock differs by more seconds than this are told of. Some count in steps of two.
+SKEW = 2.0
+#: The clock cannot be right before.
+YEAR = 2026
+#: Free bytes in the state directory, and free watches, under which there is a warning.
+LITTLE_SPACE = 1024**3
+FEW_WATCHES = 8192
+#: With it came XAUTOCLAIM.
+REDIS = (6, 2)
+
+Level = Literal["ok", "warning", "error"]
+T = TypeVar("T")
+
+
+@frozen
+class Check:
+    """One line: what was looked at, how it is, and what to do about it."""
+
+    name: str
+    level: Level
+    text: str
+    mend: str = ""
+
+
+@define
+class Findings:
+    """What the checks have found, in the order in which it is told."""
+
+    checks: list[Check] = Factory(list)
+    tier: str = ""
+    report: SweepReport | None = None
+
+
+async def examine(settings: Settings, clean: bool) -> Findings:
+    """Do all checks, those that wait for something at the same time.
+
+    Args:
+        settings: whose directories, programs, containment and Redis are looked at.
+        clean: end what killed supervisors have left, too.
+    """
+    findings = Findings()
+    # First, and alone: others look at what it makes.
+    state = await guarded("state", lambda: _in_thread(_state_directory, settings), LONGEST)
+    checks: dict[str, tuple[Callable[[], Awaitable[list[Check]]], float]] = {
+        # Each part of it has a bound of its own.
+        "containment": (lambda: _trees(settings, clean, findings), math.inf),
+        "descriptors": (lambda: _in_thread(_descriptors), LONGEST),
+        "inotify": (lambda: _inotify(settings), LONGEST),
+        "clock": (lambda: _in_thread(_clock, settings), LONGEST),
+        "agent": (lambda: _program("agent", settings.agent.command, "agent.command"), LONGEST),
+        "index": (lambda: _program("index", settings.index.command, "index.command"), LONGEST),
+        "git": (lambda: _program("git", ("git",), ""), LONGEST),
+        "redis": (lambda: _redis(settings), LONGEST),
+        "root": (lambda: _in_thread(_root, settings), LONGEST),
+    }
+    if state[0].level == "error":
+        del checks["containment"]
+    found: dict[str, list[Check]] = {}
+
+    async def do(name: str) -> None:
+        check, bound = checks[name]
+        found[name] = await guarded(name, check, bound)
+
+    async with trio.open_nursery() as nursery:
+        for name in checks:
+            nursery.start_soon(do, name)
+    findings.checks = state + [check for name in checks for check in found[name]]
+    return findings
+
+
+async def guarded(name: str, check: Callable[[], Awaitable[list[Check]]], bound: float) -> list[Check]:
+    """What a check says. One that fails by itself, or does not end within `bound` seconds, is an error, too."""
+    with trio.move_on_after(bound):
+        try:
+            return await check()
+        except Exception as error:
+            return [Check(name, "error", f"cannot be checked: {type(error).__name__}: {error}", "report this, please")]
+    return [Check(name, "error", f"no answer within {bound:g} s", "look what the file system or program waits for")]
+
+
+async def _in_thread(function: Callable[..., list[Check]], *args: object) -> list[Check]:
+    """In a thread that is left behind where it blocks for ever."""
+    return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
+
+
+def _state_directory(settings: Settings) -> list[Check]:
+    directory = settings.state_dir
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = None if os.access(directory, os.W_OK | os.X_OK) else "no right to write there"
+    except OSError as error:
+        problem = error.strerror or type(error).__name__
+    if problem is not None:
+        mend = "set state_dir (SUPERVISE_STATE_DIR) to one of yours"
+        return [Check("state", "error", f"{directory}: {problem}", mend)]
+    space = os.statvfs(directory)
+    free = space.f_bavail * space.f_frsize
+    text = f"{directory} can be written; {free / 2**30:.1f} GiB are free"
+    if free < LITTLE_SPACE:
+        mend = "make room, or set jobs_max_bytes, jobs_max_age and log_max_bytes lower"
+        return [Check("state", "warning", text, mend)]
+    return [Check("state", "ok", text)]
+
+
+async def _trees(settings: Settings, clean: bool, findings: Findings) -> list[Check]:
+    """What was left, then what holds trees: the one is not to meet the record of the other."""
+    if clean:  # takes as long as the settings give the processes
+        checks = await guarded("leftovers", lambda: _sweep(settings, findings), math.inf)
+    else:
+        checks = await guarded("leftovers", lambda: _in_thread(_left, settings), LONGEST)
+    return checks + await guarded("containment", lambda: _containment(settings, findings), LONGEST)
+
+
+async def _sweep(settings: Settings, findings: Findings) -> list[Check]:
+    findings.report = await sweep(settings.state_dir, grace=settings.orphan_grace, kill_wait=settings.kill_wait)
+    return [_swept(findings.report)]
+
+
+def _left(settings: Settings) -> list[Check]:
+    found = leftovers(settings.state_dir)
+    for each in found:
+        each.close(keep=True)
+    if not found:
+        return [Check("leftovers", "ok", "no supervisor has left anything")]
+    count = f"{len(found)} supervisor{'s' if len(found) > 1 else ''} ended without taking back what they had"
+    return [
+        Check("leftovers", "warning", count, "supervise doctor --sweep ends it now; else the next job's start does")
+    ]
+
+
+def _swept(report: SweepReport) -> Check:
+    if not report.supervisors:
+        return Check("leftovers", "ok", "no supervisor has left anything")
+    found = ", ".join(f"{each.pid} ({each.command})" for each in report.found)
+    text = f"{report.supervisors} killed supervisors, {len(report.found)} processes"
+    text += f" ended: {found}" if found else ""
+    text += f"; {report.groups} cgroups removed" if report.groups else ""
+    if not report.survivors:
+        return Check("leftovers", "ok", text)
+    lives = "; ".join(f"{each.pid} ({each.command}): {each.reason}" for each in report.survivors)
+    return Check("leftovers", "error", f"{text}; still alive: {lives}", "end them as their user, or as root")
+
+
+async def _containment(settings: Settings, findings: Findings) -> list[Check]:
+    """Not only probed: a program is started in it."""
+    try:
+        async with open_containments(settings) as containments:
+            await _try(containments)
+            tier, notes = containments.tier, containments.notes
+    except (SuperviseError, OSError) as error:
+        return [Check("containment", "error", str(error), "set containment to auto, guardian or process-group")]
+    findings.tier = tier
+    weak = tier == "process group"
+    mend = "a supervisor killed with -9 leaves its children until the next start" if weak else ""
+    checks = [Check("containment", "warning" if weak else "ok", tier, mend)]
+    return checks + [Check("containment", "ok", f"not better, because {note}") for note in notes]
+
+
+async def _try(containments: Containments) -> None:
+    options = TreeOptions(mark="doctor", contain=containments.of_job("doctor", Limits()))
+    command = Command(argv=("/bin/sh", "-c", ":"), cwd="/", env={})
+    async with open_tree("doctor", StopPolicy(), Hurry(), options=options, emit=lambda event: None) as tree:
+        child = await tree.spawn(command)
+        with trio.fail_after(VERSION_TIMEOUT):
+            await child.wait()
+
+
+def _descriptors() -> list[Check]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    jobs = soft // DESCRIPTORS_OF_A_JOB
+    text = f"{soft} open files, enough for about {jobs} jobs at a time"
+    if soft == resource.RLIM_INFINITY:
+        return [Check("descriptors", "ok", "any number of open files")]
+    if jobs >= 20:
+        return [Check("descriptors", "ok", text)]
+    return [Check("descriptors", "warning", text, f"raise it: ulimit -n {min(hard, 4096) if hard > 0 else 4096}")]
+
+
+async def _inotify(settings: Settings) -> list[Check]:
+    """Tried, not only counted: instances are counted for each user, also by other programs."""
+    limits = await trio.to_thread.run_sync(machine.inotify_limits, abandon_on_cancel=True)
+    use = await trio.to_thread.run_sync(machine.inotify_use, LOOK, abandon_on_cancel=True)
+    at_least = "" if use.whole else "at least "
+    text = "; ".join(
+        f"{at_least}{used} of {limit} {what} used"
+        for used, limit, what in (
+            (use.instances, limits.instances, "instances"),
+            (use.watches, limits.watches, "watches"),
+        )
+        if limit is not None
+    )
+    text = text or "the kernel does not tell its limits"
+    if limits.events is not None:
+        text += f"; {limits.events} events may wait"
+    try:
+        # In a thread: to find the C library, Python may run a program.
+        directory = settings.state_dir if settings.state_dir.is_dir() else Path("/")
+        watching = await trio.to_thread.run_sync(Inotify, directory, abandon_on_cancel=True)
+    except MissingExtra as error:
+        return [Check("inotify", "warning", "a worker has to poll its directory", str(error))]
+    except OSError as error:
+        mend = "raise fs.inotify.max_user_instances and max_user_watches (sysctl -w), or the limit of open files"
+        return [Check("inotify", "warning", f"nothing can be watched: {error.strerror}; {text}", mend)]
+    watching.close()
+    wanted = settings.worker.max_concurrent + 1  # a watch of each index, and the worker's own
+    if limits.instances is not None and limits.instances - use.instances < wanted:
+        mend = f"sysctl -w fs.inotify.max_user_instances={max(512, 2 * limits.instances)}"
+        return [Check("inotify", "warning", f"{text}; {wanted} instances may be needed", mend)]
+    if limits.watches is not None and limits.watches - use.watches < FEW_WATCHES:
+        mend = f"sysctl -w fs.inotify.max_user_watches={max(524288, 2 * limits.watches)}"
+        return [Check("inotify", "warning", f"{text}; the index watches each directory of a workspace", mend)]
+    return [Check("inotify", "ok", text)]
+
+
+def _clock(settings: Settings) -> list[Check]:
+    now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    if time.gmtime().tm_year < YEAR:
+        return [Check("clock", "error", f"it says {now} UTC, which is over", "set it: timedatectl set-ntp true")]
+    wrong = machine.clock_error()
+    if wrong is None:
+        checks = [Check("clock", "ok", f"{now} UTC; whether anything sets it cannot be told here")]
+    elif wrong == math.inf:
+        mend = (
+            "run an NTP client (timedatectl set-ntp true, chronyd), on the host of a container; tasks and logs go by it"
+        )
+        checks = [Check("clock", "warning", f"{now} UTC; the kernel says that nothing keeps it right", mend)]
+    else:
+        checks = [Check("clock", "ok", f"{now} UTC, right to {wrong:.3f} s")]
+    for name, directory in (("state_dir", settings.state_dir), ("worker.root", settings.worker.root)):
+        if directory is not None and directory.is_dir():
+            checks += _skew(name, directory)
+    return checks
+
+
+def _skew(name: str, directory: Path) -> list[Check]:
+    try:
+        skew = machine.clock_skew(directory)
+    except OSError:
+        return []  # another check tells that nothing can be written there
+    if abs(skew) <= SKEW:
+        return [Check("clock", "ok", f"the file system of {name} goes by the same time")]
+    way = "ahead of" if skew > 0 else "behind"
+    text = f"the file system of {name} ({directory}) is {abs(skew):.1f} s {way} our clock"
+    return [Check("clock", "warning", text, "let both machines keep their clocks by NTP, or use a local directory")]
+
+
+async def _program(name: str, argv: tuple[str, ...], setting: str) -> list[Check]:
+    """`setting` names it; without one, it is a program that we can do without."""
+    path = shutil.which(argv[0])
+    if path is None:
+        mend = f"install it, or name another by {setting}; the demo needs none"
+        if not setting:
+            mend = "install it; without it, the files of a workspace are looked at one by one for changes"
+        return [Check(name, "warning", f"{argv[0]!r} was not found", mend)]
+    options = TreeOptions(mark="doctor")
+    command = Command(argv=(path, *argv[1:], "--version"), cwd="/", env=dict(os.environ))
+    try:
+        async with open_tree("doctor", StopPolicy(), Hurry(), options=options, emit=lambda event: None) as tree:
+            child = await tree.spawn(command)
+            with trio.move_on_after(VERSION_TIMEOUT):
+                await child.wait()
+                await child.drained()
+    except SuperviseError as error:
+        return [Check(name, "error", str(error), f"name another by {setting}" if setting else "install it anew")]
+    said = " ".join(child.tails()[0].split())[:80]
+    if child.status is None or not child.status.ok:
+        return [Check(name, "warning", f"{path} --version did not answer well ({child.status})", "run it by hand")]
+    return [Check(name, "ok", f"{path}: {said}" if said else path)]
+
+
+async def _redis(settings: Settings, seconds: float = REDIS_TIMEOUT) -> list[Check]:
+    if settings.redis.url is None:
+        return [Check("redis", "ok", "not used (redis.url is unset)")]
+    try:
+        address = address_of(settings.redis.url)
+        with trio.move_on_after(seconds) as scope:
+            version = await version_of(address)
+    except RedisTrouble as error:
+        return [Check("redis", "error", str(error), error.mend)]
+    if scope.cancelled_caught:
+        mend = "look whether it runs, and whether a firewall lies between"
+        return [Check("redis", "error", f"{address}: no answer within {seconds:g} s", mend)]
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", version)
+    if numbers is None:
+        mend = "use a Redis of version 6.2 or later"
+        return [Check("redis", "warning", f"{address} answers, but does not tell its version", mend)]
+    text = f"{address}: version {numbers.string[:20]}"
+    if (int(numbers[1]), int(numbers[2])) < REDIS:
+        return [Check("redis", "error", f"{text} is too old", "install version 6.2 or later")]
+    return [Check("redis", "ok", text)]
+
+
+def _root(settings: Settings) -> list[Check]:
+    root = settings.worker.root
+    if root is None:
+        return []
+    there = next(each for each in (root, *root.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        mend = "set worker.root (SUPERVISE_WORKER__ROOT) to a directory of yours"
+        return [Check("root", "error", f"{root}: {there} is no directory that we may write to", mend)]
+    text = f"{root} can be written" if there == root else f"{root} does not exist; a worker makes it"
+    if remote := sees_nothing(there):
+        mend = f"a worker polls it every {settings.worker.poll_interval:g} s; to be told at once, use a local directory"
+        return [Check("root", "warning", f"{text}; on {remote}, nobody tells of changes", mend)]
+    return [Check("root", "ok", text)]
