@@ -15,14 +15,14 @@ def main() -> None:
 
 
 def _run() -> int:
+    from importlib.util import find_spec
+
     from supervise.cli.streams import mend_standard_streams
     from supervise.errors import MissingExtra
 
     mend_standard_streams()
-    for package in ("cyclopts", "rich", "typed_settings"):
-        try:
-            __import__(package)
-        except ImportError:
+    for package in ("cyclopts", "rich", "structlog", "typed_settings"):
+        if find_spec(package) is None:  # not imported: the help needs the half of them
             print(f"supervise: {MissingExtra('the command line', 'cli', package.replace('_', '-'))}", file=sys.stderr)
             return 2
     from supervise.cli.app import main as run

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from supervise.cli import exit_codes
-from supervise.cli.stdout import Stdout
-from supervise.cli.streams import SPELL
+from supervise.cli.stdout import put_out
+from supervise.cli.tables import put_table, standard_output
 from supervise.cli.tasks import root_of
 from supervise.cli.view import say
 from supervise.codec import to_line
@@ -20,38 +20,36 @@ from supervise.dispatch.dead_letters import DeadLetter, DeadLetters
 from supervise.errors import SettingsError, SuperviseError
 from supervise.settings import Settings
 
-#: Of a table that no terminal bounds, in characters.
-WIDE = 400
+#: Of a terminal on which the table has all of its columns, in cells.
+ROOMY = 72
 
 
 async def list_all(settings: Settings, worker: str | None, json: bool, *, console: Console) -> int:
     """A table of the dead letters; with `json`, an object a line."""
     letters = DeadLetters(root_of(settings), worker).all()
     if json:
-        return await _put_out(b"".join(to_line(_told(letter)) for letter in letters))
+        return await put_out(b"".join(to_line(_told(letter)) for letter in letters))
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "worker", "reason", "since", "tries"):
+    columns = ["name", "worker", "reason", "since", "tries"]
+    if standard_output().width < ROOMY:
+        del columns[3:]
+    for column in columns:
         table.add_column(column, overflow="fold")
     table.add_column("detail", overflow="ellipsis", no_wrap=True)
     for letter in letters:
         record = letter.record
         attempts = record.get("attempts")
-        cells = (
+        cells = [
             letter.name,
             letter.worker,
             record.get("dlq_reason", "?"),
             str(record.get("dlq_timestamp", "?"))[:19],
             len(attempts) if isinstance(attempts, list) else 0,
-            record.get("dlq_detail", ""),
-        )
-        table.add_row(*(Text(_printable(str(cell))) for cell in cells))  # as it is: rich takes brackets for markup
+        ]
+        shown = [*cells[: len(columns)], record.get("dlq_detail", "")]
+        table.add_row(*(Text(_printable(str(cell))) for cell in shown))  # as it is: rich takes brackets for markup
     if letters:
-        out = Console()
-        if not out.is_terminal:  # whoever reads it there cuts it by himself
-            out = Console(width=WIDE)
-        with out.capture() as drawn:
-            out.print(table)
-        code = await _put_out(drawn.get().encode(out.encoding, SPELL))
+        code = await put_table(table)
         if code != exit_codes.COMPLETED:
             return code
     say(console, f"supervise: {len(letters)} dead letter{'' if len(letters) == 1 else 's'}", "dim")
@@ -60,19 +58,14 @@ async def list_all(settings: Settings, worker: str | None, json: bool, *, consol
 
 async def show(settings: Settings, names: list[str], worker: str | None, *, console: Console) -> int:
     """The whole records."""
+    if not names:
+        raise SettingsError("no dead letter was named; supervise dlq list tells which there are")
     for letter in DeadLetters(root_of(settings), worker).named(names):
         text = json_module.dumps(_told(letter), indent=2, ensure_ascii=True)
-        code = await _put_out(text.encode() + b"\n")
+        code = await put_out(text.encode() + b"\n")
         if code != exit_codes.COMPLETED:
             return code
     return exit_codes.COMPLETED
-
-
-async def _put_out(data: bytes) -> int:
-    """On standard output; the exit code, which tells of a reader who has gone away."""
-    stdout = Stdout(1, lambda: None)
-    await stdout.text(data)
-    return exit_codes.BROKEN_PIPE if stdout.closed else exit_codes.COMPLETED
 
 
 async def retry(settings: Settings, names: list[str], worker: str | None, every: bool, *, console: Console) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
-from supervise.model import JobResult, Outcome
+if TYPE_CHECKING:
+    from supervise.model import JobResult
 
 COMPLETED = 0
 FAILED = 1
@@ -25,6 +27,8 @@ def of_result(result: JobResult, ended_by: int | None) -> int:
         result: what came out of it.
         ended_by: the signal that we were sent, or SIGPIPE for a reader who went away.
     """
+    from supervise.model import Outcome  # here, since the help needs none of it
+
     match result.outcome:
         case Outcome.COMPLETED:
             return COMPLETED

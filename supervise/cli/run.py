@@ -14,6 +14,7 @@ from supervise.cli.stdout import Stdout
 from supervise.cli.view import follow, say
 from supervise.errors import SpecError
 from supervise.job.supervisor import open_job
+from supervise.log_context import telling_of
 from supervise.model import JobResult, JobSpec, Outcome
 from supervise.settings import Settings
 
@@ -42,10 +43,13 @@ async def run(spec: JobSpec, settings: Settings, json: bool, *, console: Console
             directory = settings.state_dir / "jobs" / job.job_id
             if not json:
                 _tell(job.result_nowait(), directory, console)
+            where = directory / "result.json"
             if not written:
-                where = directory / "result.json"
                 say(console, f"supervise: nobody reads standard output; the result is in {where}", "red")
-    return exit_codes.of_result(job.result_nowait(), signals.ended_by)
+            elif stdout.trouble:
+                told = f"standard output cannot be written to: {stdout.trouble}; the result is in {where}"
+                say(console, f"supervise: {told}", "red")
+    return stdout.exit_code(exit_codes.of_result(job.result_nowait(), signals.ended_by))
 
 
 def read_prompt(words: str | None, example: str = "supervise run") -> str:
@@ -70,6 +74,11 @@ def _text(result: JobResult) -> bytes:
 
 
 def _tell(result: JobResult, directory: Path, console: Console) -> None:
+    with telling_of(job_id=result.job_id):
+        _tell_end(result, directory, console)
+
+
+def _tell_end(result: JobResult, directory: Path, console: Console) -> None:
     if result.outcome is not Outcome.COMPLETED:
         say(console, f"supervise: {result.error}", "red")
     if result.index.stale:

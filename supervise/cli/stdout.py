@@ -7,11 +7,26 @@ from typing import Any, final
 
 import trio
 
+from supervise.cli import exit_codes
 from supervise.cli.streams import PATIENCE, write_all
 from supervise.codec import event_to_json, rfc3339, to_json, to_line
+from supervise.errors import SuperviseError
 from supervise.events import JobFinished
 from supervise.job.bus import Subscription
 from supervise.model import JobResult
+
+
+async def put_out(data: bytes) -> int:
+    """Write `data` to standard output; the exit code, which tells of a reader who has gone away.
+
+    Raises:
+        SuperviseError: it cannot be written to for another reason; the disk is full, for instance.
+    """
+    stdout = Stdout(1, lambda: None)
+    await stdout.text(data)
+    if stdout.trouble:
+        raise SuperviseError(f"standard output cannot be written to: {stdout.trouble}")
+    return exit_codes.BROKEN_PIPE if stdout.closed else exit_codes.COMPLETED
 
 
 @final
@@ -21,6 +36,10 @@ class Stdout:
     Args:
         descriptor: where to.
         on_closed: called once when the reader has gone away.
+
+    Attributes:
+        closed: nothing more can be written.
+        trouble: why, in words, if it is for another reason than a reader who has gone away.
     """
 
     def __init__(self, descriptor: int, on_closed: Callable[[], None]) -> None:
@@ -29,6 +48,13 @@ class Stdout:
         self._written = 0
         self._writing = False
         self.closed = False
+        self.trouble = ""
+
+    def exit_code(self, code: int) -> int:
+        """Of a command that would end with `code`, had it been able to write."""
+        if code != exit_codes.COMPLETED or not self.closed:
+            return code
+        return exit_codes.FAILED if self.trouble else exit_codes.BROKEN_PIPE
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`. Cancelling leaves it half written, and the thread behind."""
@@ -38,8 +64,9 @@ class Stdout:
         self._writing = True
         try:
             await trio.to_thread.run_sync(write_all, self._descriptor, data, self._count, abandon_on_cancel=True)
-        except OSError:
+        except OSError as error:
             self.closed = True
+            self.trouble = "" if isinstance(error, BrokenPipeError) else str(error.strerror)
             self._on_closed()
         self._writing = False
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from supervise.cli import exit_codes
 from supervise.cli.signals import Signals
-from supervise.cli.stdout import Stdout
+from supervise.cli.stdout import Stdout, put_out
 from supervise.cli.view import say
 from supervise.codec import to_line
 from supervise.dispatch.submit import job_id_of, outcome_of, submit, workers_of
@@ -52,11 +52,9 @@ async def hand_in(
     root = root_of(settings)
     path = await trio.to_thread.run_sync(submit, root, worker, fields)
     task_id = str(fields["task_id"])
-    stdout = Stdout(STDOUT, lambda: None)
     if wait is None:
         told = {"type": "submitted", "task_id": task_id, "worker": worker, "file": str(path)}
-        await stdout.text(to_line(told) if json else f"{task_id}\n".encode())
-        return exit_codes.COMPLETED
+        return await put_out(to_line(told) if json else f"{task_id}\n".encode())
     say(console, f"supervise: task {task_id} waits for worker {worker}", "dim")
     signals = Signals()
     record: dict[str, Any] | None = None
@@ -71,7 +69,7 @@ async def hand_in(
         return exit_codes.of_signal(signals.ended_by)
     if record is None:
         raise SuperviseError(f"task {task_id} has no result after {wait:g} s; it goes on: supervise logs {task_id}")
-    await stdout.text(to_line(record) if json else _text(str(record.get("text", ""))))
+    put = await put_out(to_line(record) if json else _text(str(record.get("text", ""))))
     if "dlq_reason" in record:
         say(
             console,
@@ -82,7 +80,7 @@ async def hand_in(
     status = record.get("status")
     if status != "completed":
         say(console, f"supervise: task {task_id} {status}: {_line(record.get('error'))}", "red")
-    return {"completed": exit_codes.COMPLETED, "timed_out": exit_codes.TIMED_OUT}.get(str(status), exit_codes.FAILED)
+    return {"completed": put, "timed_out": exit_codes.TIMED_OUT}.get(str(status), exit_codes.FAILED)
 
 
 async def logs(
@@ -110,6 +108,8 @@ async def logs(
                 await _task_log(settings, jobs, task, worker, stream, follow, stdout, console)
     except OSError as error:
         raise SuperviseError(f"the log cannot be read: {error.filename or jobs}: {error.strerror}") from None
+    if stdout.trouble:
+        raise SuperviseError(f"standard output cannot be written to: {stdout.trouble}")
     if signals.ended_by is not None and not (stdout.closed and not follow):
         return exit_codes.of_signal(signals.ended_by)
     return exit_codes.BROKEN_PIPE if stdout.closed else exit_codes.COMPLETED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterable
@@ -19,8 +18,8 @@ from rich.tree import Tree
 
 from supervise import events as e
 from supervise.cli.streams import Screen
+from supervise.cli.told import show_event, show_line
 from supervise.observe.describe import describe
-from supervise.secrets import Masker
 
 COLOURS = {"good": "green", "bad": "bold red", "warn": "yellow", "": ""}
 KEPT = 12
@@ -46,12 +45,12 @@ async def seen(console: Console) -> None:
 
 def say(console: Console, text: str, style: str = "") -> None:
     """One line that is left whole, so that the paths in it can be copied."""
-    console.print(Text(text, style), soft_wrap=True)
+    show_line(console, Text(text, style), style, soft_wrap=True)
 
 
 def tell(console: Console, text: str, style: str = "") -> None:
     """Words, wrapped where a person reads them on a terminal."""
-    console.print(Text(text, style), soft_wrap=not console.is_terminal)
+    show_line(console, Text(text, style), style, soft_wrap=not console.is_terminal)
 
 
 async def _lines(events: AsyncIterable[e.Event], console: Console) -> None:
@@ -65,7 +64,7 @@ async def _lines(events: AsyncIterable[e.Event], console: Console) -> None:
         if line is not None:
             who, what, mood = line
             text = Text(f"{event.time - began:8.3f}  {who:<10} ") + Text(what, COLOURS[mood])
-            console.print(text, soft_wrap=True)
+            show_event(console, event, who, what, COLOURS[mood], text)
 
 
 async def _live(events: AsyncIterable[e.Event], console: Console, title: str) -> None:
@@ -152,23 +151,3 @@ class Cut:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """See rich's console protocol."""
         yield from console.render(self.drawn, options.update(no_wrap=True, overflow="ellipsis"))
-
-
-@final
-class ConsoleLog(logging.Handler):
-    """Log records on a console, secrets masked.
-
-    What the index warns of is an event, too, and shown as such.
-    """
-
-    def __init__(self, console: Console, masker: Masker) -> None:
-        super().__init__(logging.WARNING)
-        self._console = console
-        self._masker = masker
-        self.addFilter(lambda record: record.levelno > logging.WARNING or record.name != "supervise.index")
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler.emit`."""
-        text = self._masker.text(self.format(record))
-        style = "red" if record.levelno > logging.WARNING else "dim"
-        say(self._console, f"{record.levelname.lower()}: {text}", style)

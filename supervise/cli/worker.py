@@ -9,11 +9,15 @@ from typing import final
 
 import trio
 from rich.console import Console
+from rich.text import Text
 
 from supervise.cli import exit_codes
 from supervise.cli.signals import Signals
 from supervise.cli.stdout import Stdout
+from supervise.cli.told import show_event
 from supervise.cli.view import COLOURS, say, seen
+from supervise.cli.worker_view import WorkerPicture, draw
+from supervise.dispatch.dispatcher import Observer
 from supervise.dispatch.worker import Worker, open_worker
 from supervise.events import Event, WorkerChanged
 from supervise.job.bus import Subscription
@@ -35,13 +39,15 @@ async def run(name: str, settings: Settings, json: bool, *, console: Console) ->
     with ExitStack() as stack:
         stack.enter_context(signals.watch())
         emit = _metrics(settings, stack, console)
+        picture = WorkerPicture(name) if console.is_terminal and not console.is_dumb_terminal else None
+        observe: Observer = picture.observe if picture and not json else lambda task, event: None
         with signals.preparation:  # it may wait for its lock
-            async with open_worker(name, settings=settings, emit=emit) as worker:
+            async with open_worker(name, settings=settings, emit=emit, observe=observe) as worker:
                 ending = Ending(worker)
                 signals.belong_to(ending)
                 say(console, f"supervise: worker {name} takes tasks from {worker.root / 'tasks' / name}", "dim")
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_show, worker, json, console)
+                    nursery.start_soon(_show, worker, json, picture, console)
                     await worker.stopped()
     await seen(console)
     if ending is None:  # a signal came before there was anything to drain
@@ -79,11 +85,13 @@ def _metrics(settings: Settings, stack: ExitStack, console: Console) -> Callable
     return metrics.observe
 
 
-async def _show(worker: Worker, json: bool, console: Console) -> None:
+async def _show(worker: Worker, json: bool, picture: WorkerPicture | None, console: Console) -> None:
     stdout = Stdout(1, lambda: None)
     async with worker.subscribe() as events:
         if json:  # a reader who goes away, or takes nothing, keeps no task from its work
             await stdout.json_lines(events)
+        elif picture is not None:
+            await draw(events, picture, console)
         else:
             await _lines(events, console)
 
@@ -98,7 +106,8 @@ async def _lines(events: Subscription, console: Console) -> None:
         line = describe(event)
         if line is not None:
             who, what, mood = line
-            say(console, f"{_clock(event)}  {who:<16} {what}", COLOURS[mood])
+            text = Text(f"{_clock(event)}  {who:<16} {what}", COLOURS[mood])
+            show_event(console, event, who, what, COLOURS[mood], text)
 
 
 def _clock(event: Event) -> str:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import struct
 import subprocess
-import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import LIMIT, Cli, Done, Running
+from tests.cli.conftest import LIMIT, Cli, Done
+from tests.cli.terminals import Terminal, colours, plain
 
 FAULTS = ["none", "watch-start", "watch-crash", "stubborn", "reconcile", "cancel"]
 
@@ -290,54 +286,60 @@ def test_keep_keeps_the_scratch_directory(cli: Cli) -> None:
 
 
 def test_on_a_terminal_there_is_a_picture(cli: Cli) -> None:
-    terminals = {columns: start_on_terminal(cli, columns, "demo", "--fault", "reconcile") for columns in (100, 60)}
-    for columns, (running, descriptor) in terminals.items():
-        shown = read_terminal(descriptor)
-        assert running.process.wait(LIMIT) == 0
-        check_picture(shown, columns)
+    terminals = {columns: Terminal(columns, rows=24) for columns in (100, 40)}
+    try:
+        started = {
+            columns: terminal.start(cli, "demo", "--fault", "reconcile", env={"NO_COLOR": "1"} if columns == 40 else {})
+            for columns, terminal in terminals.items()
+        }
+        for columns, terminal in terminals.items():
+            terminal.read_to_the_end()
+            assert started[columns].process.wait(LIMIT) == 0
+            shown = terminal.raw.decode()
+            check_picture(shown, columns)
+            assert bool(colours(shown)) == (columns == 100)
+            assert not terminal.screen.cursor.hidden
+            assert terminal.modes == terminal.modes_before
+    finally:
+        for terminal in terminals.values():
+            terminal.close()
+
+
+def test_ctrl_c_on_a_terminal_ends_the_demo_and_leaves_the_terminal_as_it_was(cli: Cli) -> None:
+    terminal = Terminal(80)
+    try:
+        running = terminal.start(cli, "demo")
+        terminal.until(lambda text: "Write orchard" in text, "an agent at work")
+        assert terminal.screen.cursor.hidden
+        terminal.type(b"\x03")
+        shown = terminal.read_to_the_end()
+        assert running.process.wait(LIMIT) == 130
+        assert not terminal.screen.cursor.hidden
+        assert terminal.modes == terminal.modes_before
+    finally:
+        terminal.close()
+    assert "cancelled after" in shown
+    assert shown.endswith("survivors: 0")
+    assert list(cli.scratch.iterdir()) == []
 
 
 def check_picture(shown: str, columns: int) -> None:
     assert "\x1b[1A" in shown  # drawn again and again in its place
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "").replace("╯╭", "╯\n╭")
-    frames = plain.split("╭─ the job's nursery")
+    said = plain(shown).replace("\r", "").replace("╯╭", "╯\n╭")
+    frames = said.split("╭─ the job's nursery")
     assert len(frames) > 5
     for frame in frames[1:-1]:
         assert len(frame.splitlines()) < 24
-    for line in plain.splitlines():
+    for line in said.splitlines():
         if line.startswith(("│", "╭", "╰")):
             assert len(line) == columns, line
     end = " ".join(frames[-1].split())
+    assert "agent" in end
+    assert "heartbeat" in end
     assert "proof: the index differs from the files" in end
     assert "stale mark: the reconcile failed" in end
     assert end.endswith("survivors: 0")
-    assert "warning: " not in plain  # the events say it
-
-
-def start_on_terminal(cli: Cli, columns: int, *words: str) -> tuple[Running, int]:
-    """Start a command on a terminal of its own; returns our end of it, too, which `read_terminal` closes."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    try:
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        return cli.start(*words, env={"TERM": "xterm-256color"}, start_new_session=True, **streams), ours
-    finally:
-        os.close(theirs)
-
-
-def read_terminal(descriptor: int) -> str:
-    data = b""
-    deadline = time.monotonic() + LIMIT
-    with open(descriptor, "rb", buffering=0) as terminal:
-        while True:
-            assert select.select([terminal], [], [], deadline - time.monotonic())[0], "the terminal is silent"
-            try:
-                chunk = terminal.read(65536)
-            except OSError:  # the other side is closed
-                chunk = b""
-            if not chunk:
-                return data.decode()
-            data += chunk
+    assert "[warning" not in said  # the events say it
 
 
 def wait_until(condition: Any) -> None:

@@ -3,52 +3,57 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from supervise.cli import app
-from tests.cli.conftest import Cli
+from supervise.cli.reference import Command, commands, reference, with_reference
+from tests.cli.conftest import Cli, Done, Root, refused
 
-COMMANDS = {
-    "run": app.run,
-    "demo": app.demo,
-    "doctor": app.doctor,
-    "worker": app.worker,
-    "submit": app.submit,
-    "logs": app.logs,
-    "dlq list": app.dlq_list,
-    "dlq show": app.dlq_show,
-    "dlq retry": app.dlq_retry,
-    "dlq drop": app.dlq_drop,
-}
+COMMANDS: list[Command] = list(commands())
+DOC = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_names_every_option_and_an_example(cli: Cli, name: str) -> None:
-    done = cli.do(*name.split(), "--help")
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    """What the help of each command says, all asked in one process."""
+    root = Root(Cli(tmp_path_factory.mktemp("help")))
+    asked = [[*words[1:], "--help"] for words, _ in COMMANDS] + [["dlq", "--help"], ["scripts", "--help"], [], ["-h"]]
+    return {" ".join(words): done for words, done in zip(asked, root.many(asked), strict=True)}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[0][1:]))
+def test_each_command_names_every_option_and_an_example(helps: dict[str, Done], command: Command) -> None:
+    words, app = command
+    done = helps[f"{' '.join(words[1:])} --help"]
     assert (done.code, done.err) == (0, "")
-    for parameter in inspect.signature(COMMANDS[name]).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            option = {"every": "all"}.get(parameter.name, parameter.name)
-            assert f"--{option.replace('_', '-')} " in done.out
-    assert f"Example: supervise {name} " in done.out
+    for argument in app.assemble_argument_collection():
+        assert f"{argument.names[0]} " in done.out
+        assert argument.parameter.help, f"{argument.names[0]} is not explained"
+        assert argument.parameter.help.split()[0] in done.out
+    assert f"Example: {' '.join(words)}" in " ".join(done.out.split())
     assert "124 timed out" in done.out
 
 
-@pytest.mark.parametrize("words", [[], ["--help"]])
-def test_alone_it_lists_the_commands(cli: Cli, words: list[str]) -> None:
-    done = cli.do(*words)
+@pytest.mark.parametrize("words", ["", "-h"])
+def test_alone_it_lists_the_commands(helps: dict[str, Done], words: str) -> None:
+    done = helps[words]
     assert (done.code, done.err) == (0, "")
-    for name in COMMANDS:
-        assert f" {name.split()[0]} " in done.out
-    assert "Example: supervise demo" in done.out
+    for command, _ in COMMANDS:
+        assert f" {command[1]} " in done.out
+    assert "Example: supervise run" in done.out
+    assert "supervise demo" in done.out
 
 
-def test_the_commands_for_dead_letters_are_listed(cli: Cli) -> None:
-    done = cli.do("dlq", "--help")
+@pytest.mark.parametrize("group", ["dlq", "scripts"])
+def test_a_group_lists_its_commands(helps: dict[str, Done], group: str) -> None:
+    done = helps[f"{group} --help"]
     assert (done.code, done.err) == (0, "")
-    for name in ("list", "show", "retry", "drop"):
+    own = [words[2] for words, _ in COMMANDS if words[1] == group]
+    assert own
+    for name in own:
         assert f" {name} " in done.out
 
 
@@ -62,3 +67,103 @@ def test_a_small_alphabet_is_no_error(cli: Cli) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.out.isascii()
     assert "dontAsk, ..." in done.out
+
+
+def test_the_help_loads_neither_trio_nor_the_library() -> None:
+    script = (
+        "import sys\nfrom supervise.cli.app import main\nmain(['run', '--help'])\n"
+        "heavy = {'trio', 'typed_settings', 'structlog', 'cattrs', 'supervise.model', 'supervise.job', 'rich.markdown'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "runn": 'Did you mean "run"?',
+    "dlq lst": 'Did you mean "list"?',
+    "--verison": "Did you mean --version?",
+    "run --workspce . x": "Did you mean --workspace?",
+    "worker w1 --max-concurent 3": "Did you mean --max-concurrent?",
+    "run --timeout soon x": "--timeout is 'soon', but must be a number",
+    "run --max-turns 2.5 x": "--max-turns is '2.5', but must be a whole number",
+    "run --max-memory 1GB x": "--max-memory is '1GB', but must be a whole number",
+    "demo --fault watch": 'Invalid value "watch" for --fault. Choose from: "watch-start", "watch-crash"',
+    "worker": "supervise worker needs NAME: the worker's name",
+    "worker w1 w2": "'w2' is one word too many for supervise worker",
+    "run --timeout": "--timeout requires an argument",
+    "completion tcsh": 'Choose from: "bash", "zsh", "fish"',
+    "run --set index.mod=none x": "did you mean 'index.mode'?",
+    "run --set index.mode=nothing x": "index.mode is 'nothing', but must be one of auto, cidx, none (command line)",
+    "run --set state_dir x": "--set 'state_dir' is no name=value",
+}
+
+
+def test_a_mistake_is_told_in_one_line_with_what_is_right(cli: Cli) -> None:
+    words = [mistake.split() for mistake in MISTAKES]
+    for mistake, done, text in zip(words, Root(cli).many(words), MISTAKES.values(), strict=True):
+        refused(done, mistake, 2, text)
+
+
+# --- completion --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_by_the_script(cli: Cli, shell: str) -> None:
+    done = cli.do("completion", shell)
+    assert (done.code, done.err) == (0, "")
+    for word in ("worker", "max-concurrent", "watch-crash"):
+        assert word in done.out
+
+
+def test_bash_completes_a_command_an_option_and_a_choice(cli: Cli) -> None:
+    script = cli.root / "completion.bash"
+    script.write_text(cli.do("completion", "bash").out)
+    asked = {
+        "supervise wor": "worker",
+        "supervise run --max-tu": "--max-turns",
+        "supervise demo --fault st": "stubborn",
+    }
+    for line, wanted in asked.items():
+        words = line.split()
+        quoted = " ".join(f"'{word}'" for word in words)
+        shell = (
+            f"source {script}\nfunction_of=$(complete -p supervise | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+            f"COMP_WORDS=({quoted}) COMP_CWORD={len(words) - 1} COMP_LINE='{line}' COMP_POINT={len(line)}\n"
+            f"$function_of supervise '{words[-1]}' '{words[-2]}'\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
+        )
+        told = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+        assert wanted in told.stdout.split(), (line, told)
+
+
+# --- docs/cli.md -------------------------------------------------------------------------------------------
+
+
+def test_the_document_is_current() -> None:
+    text = DOC.read_text(encoding="utf-8")
+    assert text == with_reference(text), "run: python -m supervise.cli.reference --write docs/cli.md"
+
+
+def test_an_old_document_is_noticed_and_mended(tmp_path: Path) -> None:
+    copy = tmp_path / "cli.md"
+    old = DOC.read_text(encoding="utf-8").replace("--max-turns", "--most-turns")
+    copy.write_text(old, encoding="utf-8")
+    assert with_reference(old) != old
+    command = [sys.executable, "-m", "supervise.cli.reference", "--write", str(copy)]
+    subprocess.run(command, check=True, timeout=60)
+    assert copy.read_bytes() == DOC.read_bytes()
+
+
+def test_a_text_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="markers"):
+        with_reference("nothing")
+
+
+def test_the_reference_tells_of_every_option() -> None:
+    text = reference()
+    for words, command in COMMANDS:
+        assert f"## {' '.join(words)}\n" in text
+        for argument in command.assemble_argument_collection():
+            assert argument.names[0] in text

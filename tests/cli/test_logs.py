@@ -136,7 +136,7 @@ def test_wrong_use_is_told_in_one_line(root: Root) -> None:
         (["t1", "--root", str(root.path / "nowhere")], 1, "nobody knows it"),
         (["t1", "--worker", "../w1"], 1, "nobody knows it"),
         (["t1", "--set", "worker.rot=x"], 2, "worker.root"),
-        ([], 2, "requires an argument"),
+        ([], 2, "supervise logs needs TASK: id of a task, or of a job"),
     ]
     for done, (words, code, text) in zip(root.many([["logs", *words] for words, _, _ in cases]), cases, strict=True):
         refused(done, words, code, text)

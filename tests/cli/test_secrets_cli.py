@@ -96,15 +96,18 @@ def test_without_hardening_the_environment_could_be_read(cli: Cli) -> None:
     assert "OTHER" not in seen["mine"]
 
 
-@pytest.mark.parametrize("json_wanted", [True, False])
-def test_a_key_that_the_agent_prints_is_masked_in_every_sink(cli: Cli, json_wanted: bool) -> None:
-    words = ["--json"] if json_wanted else []
+@pytest.mark.parametrize("words", [[], ["--json"], ["--log-format", "json"]], ids=["plain", "json", "log lines"])
+def test_a_key_that_the_agent_prints_is_masked_in_every_sink(cli: Cli, words: list[str]) -> None:
+    json_wanted = words == ["--json"]
     env = {"ANTHROPIC_API_KEY": KEY, "VOYAGE_API_KEY": VOYAGE}
     done = cli.run("tell", *words, env=env)
     assert done.code == 0
     text = done.result["text"] if json_wanted else done.out.rstrip("\n")
     assert text == "the key is ***"
     assert "I found *** in my environment" in (done.out if json_wanted else done.err)
+    if words[:1] == ["--log-format"]:
+        told = [json.loads(line)["event"] for line in done.err.splitlines()]
+        assert "I found *** in my environment" in told
     check_nowhere(cli, done)
     logs = list(cli.state.rglob("*.log"))
     assert any(b"debug: the key is ***" in log.read_bytes() for log in logs)
@@ -121,24 +124,40 @@ def test_keys_go_to_whom_they_belong_only(cli: Cli) -> None:
 
 
 BUG = """
+import logging
 import sys
 from supervise.agents.claude import ClaudeAgent
 from supervise.cli import app, run
 from supervise.job import nursery
 
 def fail(*args, **kwargs):
+    try:
+        raise ValueError("with {key}")
+    except ValueError:
+        if logging.getLogger("supervise").handlers:
+            logging.getLogger("supervise.job").exception("trouble with {voyage}")
     raise RuntimeError("a bug with {key} in its message and {voyage}")
 
 {where} = fail
-sys.exit(app.main(["run", "--job-id", "buggy", "say hello"]))
+sys.exit(app.main(["run", "--job-id", "buggy", "--log-format", "{format}", "say hello"]))
 """
 
 
-@pytest.mark.parametrize("where", ["run.read_prompt", "run.follow", "nursery.Parts.introduction"])
-def test_the_traceback_of_a_bug_is_masked_and_called_one(cli: Cli, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "log_format"),
+    [
+        ("run.read_prompt", "console"),
+        ("run.follow", "console"),
+        ("run.follow", "json"),
+        ("nursery.Parts.introduction", "console"),
+    ],
+)
+def test_the_traceback_of_a_bug_is_masked_and_called_one(cli: Cli, where: str, log_format: str) -> None:
     file = cli.root / "supervise.toml"
     file.write_text(f'index.voyage_api_key = "{VOYAGE}"')  # the environment does not hold it
-    script = BUG.format(where=where, key=KEY, voyage=VOYAGE).replace('"run", ', f'"run", "--config", {str(file)!r}, ')
+    script = BUG.format(where=where, key=KEY, voyage=VOYAGE, format=log_format).replace(
+        '"run", ', f'"run", "--config", {str(file)!r}, '
+    )
     env = {**cli.env, "ANTHROPIC_API_KEY": KEY, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, cwd=cli.workspace, capture_output=True, text=True, timeout=60
@@ -149,6 +168,12 @@ def test_the_traceback_of_a_bug_is_masked_and_called_one(cli: Cli, where: str) -
     assert "RuntimeError: a bug with *** in its message and ***" in done.stderr
     assert "supervise: " in done.stderr
     assert "a bug in supervise" in done.stderr
+    if where != "run.read_prompt":  # that one is before there is a log
+        assert "trouble with ***" in done.stderr
+        assert "ValueError: with ***" in done.stderr
+    if log_format == "json":
+        logged = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+        assert [line for line in logged if "ValueError: with ***" in line.get("exception", "")]
     assert KEY not in done.stderr
     assert VOYAGE not in done.stderr
 

@@ -29,7 +29,7 @@ def test_each_option_reaches_the_task(root: Root, tmp_path: Path) -> None:
     )
     epoch = root.cli.start(
         *("submit", "w1", "x", "--task-id", "t4", "--not-before", "1900000000", "--priority", "urgent"),
-        *("--config", str(config)),
+        *("--script", "nightly", "--script-arg=--fast", "--script-arg", "for October", "--config", str(config)),
     )
     for running, data in ((piped, "Grüße\n"), (dashed, "dashed")):
         assert running.process.stdin is not None
@@ -62,6 +62,7 @@ def test_each_option_reaches_the_task(root: Root, tmp_path: Path) -> None:
     }
     fields = root.read("tasks", "t4") or {}
     assert (fields["not_before"], fields["priority"]) == (1900000000, "urgent")
+    assert (fields["script"], fields["args"]) == ("nightly", ["--fast", "for October"])
     assert sorted(root.names("tasks")) == sorted([f"{made}.json", "t1.json", "t2.json", "t3.json", "t4.json"])
 
 
@@ -101,6 +102,7 @@ def test_wrong_use_is_told_in_one_line_and_writes_nothing(root: Root) -> None:
         (["w1", "x", "--wait", "nan"], 2, "--wait is nan, but must be a number of seconds, 0 or more"),
         (["w1", "x", "--wait", "-1"], 2, "--wait is -1.0"),
         (["w1", "x", "--set", "worker.rot=x"], 2, "worker.root"),
+        (["w1", "x", "--script-arg", "fast"], 2, "--script-arg is given without --script; name the script"),
         (["w1", "x", "--task-id", "waits"], 1, "the task id 'waits' is taken"),
         (["w1", "x", "--task-id", "again"], 1, "again~retry.json is there; choose another (--task-id)"),
         (["w1", "x", "--task-id", "runs"], 1, "running/w1/runs.json is there"),

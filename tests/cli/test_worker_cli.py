@@ -368,7 +368,7 @@ def test_wrong_use_is_told_in_one_line(root: Root, tmp_path: Path, closed_place:
     cases: list[tuple[list[str], int, str]] = [
         (["a/b"], 2, "the worker's name is 'a/b', but must match"),
         ([".."], 2, "the worker's name is '..', but must match"),
-        ([], 2, "requires an argument"),
+        ([], 2, "supervise worker needs NAME: the worker's name"),
         (["w1", "--set", "worker.rot=/x"], 2, "'worker.root'"),
         (["w1", "--set", "worker"], 2, "is no name=value"),
         (["w1", "--rot", "x"], 2, "--rot"),

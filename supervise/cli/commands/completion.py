@@ -1,0 +1,25 @@
+"""`supervise completion`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="Your shell.")],
+    /,
+) -> int:
+    """Print a script that lets your shell complete commands and options.
+
+    Example: supervise completion bash > ~/.local/share/bash-completion/completions/supervise
+
+    Example: supervise completion zsh > ~/.zfunc/_supervise
+
+    Example: supervise completion fish > ~/.config/fish/completions/supervise.fish
+    """
+    from supervise.cli.app import app
+
+    print(app.generate_completion(shell=shell))
+    return 0

@@ -1,0 +1,104 @@
+"""All commands and options as Markdown, made of their definitions.
+
+python -m supervise.cli.reference --write docs/cli.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from inspect import Parameter as Word
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from cyclopts import App
+
+from supervise.cli.app import EPILOGUE, app
+
+__all__ = ["BEGIN", "END", "Command", "commands", "reference", "with_reference"]
+
+BEGIN = "<!-- commands: begin (made by python -m supervise.cli.reference --write docs/cli.md) -->"
+END = "<!-- commands: end -->"
+
+Command = tuple[tuple[str, ...], App]
+"""The words of a command, and what cyclopts knows of it."""
+
+
+def commands(of: App = app, words: tuple[str, ...] = ("supervise",)) -> Iterator[Command]:
+    """Every command that does something, in the order of the help."""
+    for name in of:
+        if name.startswith("-"):
+            continue
+        found = of[name]
+        if found.default_command is not None:
+            yield (*words, name), found
+        yield from commands(found, (*words, name))
+
+
+def reference() -> str:
+    """The text: each command with its examples, words and options."""
+    return "\n\n".join([*(_told(words, command) for words, command in commands()), EPILOGUE])
+
+
+def with_reference(text: str) -> str:
+    """`text` with the reference between its two markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the markers are missing: {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{reference()}\n\n{END}{after}"
+
+
+def _told(words: tuple[str, ...], command: App) -> str:
+    parts = command.help.split("\n\n")
+    examples = [part.removeprefix("Example: ") for part in parts if part.startswith("Example: ")]
+    prose = [_cell(part) for part in parts if not part.startswith("Example: ")]
+    rows = [_row(argument) for argument in command.assemble_argument_collection()]
+    table = ["| | | Default |", "| --- | --- | --- |", *(" ".join(f"| {cell}" for cell in row) + " |" for row in rows)]
+    shown = ["```sh", *examples, "```"]
+    return "\n\n".join([f"## {' '.join(words)}", *prose, "\n".join(shown), "\n".join(table)])
+
+
+def _row(argument: Any) -> tuple[str, str, str]:
+    name, kind = argument.names[0], _kind(argument)
+    if name.startswith("-"):
+        left = f"`{name} {kind}`" if kind else f"`{name}`"
+    else:
+        left = f"`{name}`" if argument.required else f"`[{name}]`"
+    default = argument.field_info.default
+    told = argument.parameter.show_default is not False and default not in (None, False, Word.empty)
+    return left, _cell(argument.parameter.help or ""), f"`{default}`" if told else "–"
+
+
+def _kind(argument: Any) -> str:
+    """What the value of an option looks like."""
+    choices = argument.get_choices()
+    if choices:
+        return "\\|".join(choices)
+    kinds = [kind for kind in get_args(argument.hint) if kind is not type(None)] or [argument.hint]
+    kind = get_args(kinds[0])[0] if get_origin(kinds[0]) is list else kinds[0]
+    return {bool: "", int: "N", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _main(argv: Sequence[str]) -> int:
+    if len(argv) == 2 and argv[0] == "--write":
+        path = Path(argv[1])
+        path.write_text(with_reference(path.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
+    if argv:
+        print("use: python -m supervise.cli.reference [--write FILE]", file=sys.stderr)
+        return 2
+    print(reference())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
