@@ -29,13 +29,14 @@ async def list_all(settings: Settings, worker: str | None, json: bool, *, consol
     letters = DeadLetters(root_of(settings), worker).all()
     if json:
         return await put_out(b"".join(to_line(_told(letter)) for letter in letters))
-    table = Table(box=None, pad_edge=False)
+    out = standard_output()
+    table = Table(box=None, pad_edge=False, expand=out.is_terminal)
     columns = ["name", "worker", "reason", "since", "tries"]
-    if standard_output().width < ROOMY:
+    if out.width < ROOMY:
         del columns[3:]
     for column in columns:
         table.add_column(column, overflow="fold")
-    table.add_column("detail", overflow="ellipsis", no_wrap=True)
+    table.add_column("detail", overflow="ellipsis", no_wrap=True, ratio=1)  # what is left of a terminal
     for letter in letters:
         record = letter.record
         attempts = record.get("attempts")

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import time
@@ -74,6 +75,7 @@ def test_dead_letters_are_listed_for_people_and_for_programs(root: Root) -> None
     assert LONG in wide
     assert LONG not in narrow
     assert "…" in narrow
+    assert all(re.search(rf"^{name} +w\d +auth ", narrow, re.MULTILINE) for name in ("t1", "t2"))
     assert ("since" in narrow, "since" in wide) == (False, True)  # there is no room for it
     for seen in (narrow, wide):
         assert "\x1b[2J" not in seen

@@ -70,10 +70,10 @@ def test_a_small_alphabet_is_no_error(cli: Cli) -> None:
 
 
 def test_the_help_loads_neither_trio_nor_the_library() -> None:
+    heavy = {"trio", "typed_settings", "structlog", "cattrs", "supervise.model", "supervise.job", "rich.markdown"}
     script = (
         "import sys\nfrom supervise.cli.app import main\nmain(['run', '--help'])\n"
-        "heavy = {'trio', 'typed_settings', 'structlog', 'cattrs', 'supervise.model', 'supervise.job', 'rich.markdown'}\n"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+        f"print(sorted({heavy} & set(sys.modules)), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "[]\n")
