@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks import imports, job, parser, processes, worker
+from benchmarks import catalogue, imports, job, parser, processes, worker
 from benchmarks.table import HEAD
 
 
 def main() -> None:
     """Print the table."""
     print(HEAD, flush=True)
-    for part in (job, processes, worker, parser, imports):
+    for part in (job, processes, worker, parser, catalogue, imports):
         for row in part.measure():
             print(row, flush=True)
 

@@ -42,7 +42,7 @@ async def run(spec: JobSpec, settings: Settings, json: bool, *, console: Console
                 written = await stdout.text(_text(await job.result()))
             directory = settings.state_dir / "jobs" / job.job_id
             if not json:
-                _tell(job.result_nowait(), directory, console)
+                tell_result(job.result_nowait(), directory, console)
             where = directory / "result.json"
             if not written:
                 say(console, f"supervise: nobody reads standard output; the result is in {where}", "red")
@@ -73,7 +73,7 @@ def _text(result: JobResult) -> bytes:
     return (text if not text or text.endswith("\n") else text + "\n").encode("utf-8", "replace")
 
 
-def _tell(result: JobResult, directory: Path, console: Console) -> None:
+def tell_result(result: JobResult, directory: Path, console: Console) -> None:
     with telling_of(job_id=result.job_id):
         _tell_end(result, directory, console)
 

@@ -150,7 +150,7 @@ async def run(settings: Settings, wanted: Wanted, json: bool, *, console: Consol
                 await follow(seen, console, f"supervise scripts run · {job.job_id}")
                 result = await job.result()
                 written = await _put_file(directory / "agent.stdout.log", result.text, stdout)
-                jobs._tell(result, directory, console)
+                jobs.tell_result(result, directory, console)
             if not written:
                 say(console, f"supervise: nobody reads standard output; what was printed is in {directory}", "red")
             elif stdout.trouble:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO, final
 
 from rich.console import Console
@@ -41,8 +42,14 @@ class Told(Console):
         super().__init__(file=stream, force_terminal=False if as_json else None)
         self.as_json = as_json
         self.level = logging.getLevelNamesMapping()[settings.level.upper()]
-        colours = not as_json and self.is_terminal and not self.no_color
-        self.formatter = formatter(settings, masker=masker, colours=colours)
+        self._settings = settings
+        self._masker = masker
+
+    @cached_property
+    def formatter(self) -> logging.Formatter:
+        """Of the log lines. Made for the first one: most commands log nothing, and structlog takes long to load."""
+        colours = not self.as_json and self.is_terminal and not self.no_color
+        return formatter(self._settings, masker=self._masker, colours=colours)
 
     def wants(self, style: str) -> bool:
         """Whether lines of this style are to be shown."""

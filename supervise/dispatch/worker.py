@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any, Final, ParamSpec, final
 
 import trio
-from attrs import evolve, frozen
+from attrs import evolve
 
-from supervise.agents.protocol import AgentRun
-from supervise.agents.script import ScriptAgent
-from supervise.catalogue.catalogue import Lookup, Script
 from supervise.codec import rfc3339, to_json
 from supervise.dispatch import instance
 from supervise.dispatch.backoff import Backoff
@@ -29,19 +26,19 @@ from supervise.dispatch.directory import DirectorySource, in_thread, told
 from supervise.dispatch.dispatcher import Dispatcher, Observer, SpecOf, Stats
 from supervise.dispatch.instance import InstanceLock
 from supervise.dispatch.policy import Policy
+from supervise.dispatch.scripts import Wanted, WithScripts
 from supervise.dispatch.spool import Spool
 from supervise.dispatch.submit import job_id_of
 from supervise.dispatch.task import Task
-from supervise.errors import BadInput, SettingsError, SpecError, SuperviseError
+from supervise.errors import BadInput, SettingsError, SuperviseError
 from supervise.events import Event, TaskBuried, WorkerChanged, WorkerTrouble
 from supervise.executors.local import LocalExecutor
 from supervise.executors.mock import MockExecutor
 from supervise.executors.protocol import Executor
-from supervise.executors.protocol import Observer as JobObserver
 from supervise.job.agent_side import plain
 from supervise.job.bus import Bus, Subscription
 from supervise.job.supervisor import Supervisor, open_supervisor
-from supervise.model import JOB_ID, JobResult, JobSpec
+from supervise.model import JOB_ID, JobSpec
 from supervise.settings import Settings
 
 __all__ = ["Worker", "open_worker"]
@@ -116,7 +113,7 @@ class Worker:
         bounds = settings.worker
         self._dispatcher = Dispatcher(
             self._source_with(),
-            _WithScripts(executor, settings.script_dirs),
+            WithScripts(executor, settings.script_dirs),
             worker=name,
             policy=Policy(
                 max_attempts=bounds.max_attempts,
@@ -556,66 +553,10 @@ def _spec_maker(name: str, root: Path, settings: Settings, change: Callable[[Tas
             labels={"task_id": task.task_id, "worker": name, "attempt": str(attempt)},
         )
         if task.script is not None:
-            return evolve(spec, agent=_Wanted(task=task, change=change))
+            return evolve(spec, agent=Wanted(task=task, change=change))
         return spec if change is None else change(task, spec)
 
     return make
-
-
-@final
-@frozen(kw_only=True)
-class _Wanted:
-    """Stands for a script that is not looked up yet: the catalogue may hold thousands, and a spec is made at once.
-
-    Attributes:
-        task: names it.
-        change: what somebody else makes of the spec, once it is whole.
-    """
-
-    task: Task
-    change: Callable[[Task, JobSpec], JobSpec] | None
-    name: str = "script"
-
-    async def run(self, run: AgentRun) -> None:
-        """Never: `_WithScripts` puts the script in its place."""
-        raise AssertionError("the script was not looked up")
-
-    def found(self, spec: JobSpec, script: Script) -> JobSpec:
-        """The spec to run. Raises BadInput or SpecError: this script cannot be run so."""
-        task = self.task
-        spec = evolve(
-            spec,
-            agent=ScriptAgent(path=script.path, args=task.args, name=script.name),
-            timeout=script.seconds(task.timeout, spec.timeout),
-        )
-        return spec if self.change is None else self.change(task, spec)
-
-
-@final
-class _WithScripts:
-    """An `Executor` before another one: looks up the scripts of the catalogue.
-
-    In a thread, so that a large catalogue, or a slow disk, holds up nobody else.
-    """
-
-    def __init__(self, executor: Executor, directories: Sequence[Path]) -> None:
-        self.name = executor.name
-        self._executor = executor
-        self._lookup = Lookup(directories)
-
-    async def execute(self, spec: JobSpec, observer: JobObserver) -> JobResult:
-        """See `Executor.execute`."""
-        wanted = spec.agent
-        if isinstance(wanted, _Wanted) and wanted.task.script is not None:
-            script = await in_thread(self._lookup.find, wanted.task.script)
-            try:
-                spec = wanted.found(spec, script)
-            except (SpecError, BadInput):
-                raise
-            except Exception as error:  # of a `spec_of` of somebody's own; as where there is no script
-                log.error("task %s: no job could be made of it", wanted.task.task_id, exc_info=error)
-                raise BadInput(f"no job could be made of it: {type(error).__name__}: {error}") from None
-        return await self._executor.execute(spec, observer)
 
 
 def _workspace(task: Task, settings: Settings) -> str:

@@ -245,10 +245,11 @@ def test_what_was_found_is_highlighted_where_it_is_seen(catalogue: Path) -> None
 
 
 def test_the_mark_is_seen_also_behind_a_name_that_is_cut(tmp_path: Path) -> None:
-    put(tmp_path / f"{'x' * 90}.sh", mode=0o644)
-    put(tmp_path / "y.sh", f"#!/bin/sh\n# description: {'word ' * 50}\n# tags: {'t' * 50}\n")
+    text = f"#!/bin/sh\n# description: {'word ' * 50}\n# tags: {'t' * 50}\n"
+    put(tmp_path / f"{'x' * 90}.sh", text, mode=0o644)
     line = bare(drawn(tmp_path, 40)[1])
     assert re.match(r"x+… !  ", line)
+    assert cell_len(line) <= 40
 
 
 async def test_a_real_terminal_gets_colours_and_its_width(
