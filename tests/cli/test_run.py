@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import LIMIT, Cli, Done, Running
+from tests.cli.terminals import one_after_the_other
 
 
 def seen_by_agent(done: Done) -> dict[str, Any]:
@@ -292,18 +293,19 @@ MISTAKES: list[tuple[list[str], dict[str, str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("words", "env", "told"), MISTAKES, ids=[f"{number}-{mistake[2][0]}" for number, mistake in enumerate(MISTAKES)]
-)
-def test_a_mistake_is_one_line(cli: Cli, words: list[str], env: dict[str, str], told: list[str]) -> None:
+def test_a_mistake_is_one_line(cli: Cli) -> None:
     (cli.root / "bad.toml").write_text("kill_wait = 5\n[index\nmode = 1\n")
-    done = cli.do(*[word.replace("{root}", str(cli.root)) for word in words], env=env)
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("supervise: ")
-    assert done.err.count("\n") == 1
-    assert "Traceback" not in done.err
-    for part in told:
-        assert part in done.err
+    commands = [
+        {"words": [word.replace("{root}", str(cli.root)) for word in words], "env": env, "stdout": "file"}
+        for words, env, _ in MISTAKES
+    ]
+    for done, (words, _, told) in zip(one_after_the_other(cli, commands, {}), MISTAKES, strict=True):
+        assert (words, done.code, done.out) == (words, 2, ""), done.err
+        assert done.err.startswith("supervise: "), words
+        assert done.err.count("\n") == 1, words
+        assert "Traceback" not in done.err, words
+        for part in told:
+            assert part in done.err, words
     assert not cli.state.exists()
 
 
