@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
 
 def main() -> None:
     """The command line. Exits with its code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # for what does not wait for them itself
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     try:
         code = _run()
     except KeyboardInterrupt:  # before or after there was anything to cancel
         code = 130
     sys.exit(code)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """At once, with the exit code that a shell would tell: nothing is under way that had to be taken down."""
+    os._exit(128 + number)
 
 
 def _run() -> int:

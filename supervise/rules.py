@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 Validator = Callable[[Any, Any, Any], None]
@@ -73,6 +74,10 @@ def is_number(value: object) -> bool:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, PurePath):
+        value = str(value)
+    elif isinstance(value, tuple):  # as it was written
+        value = tuple(str(item) if isinstance(item, PurePath) else item for item in value)
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python will print

@@ -137,6 +137,8 @@ def _options() -> dict[str, OptionInfo]:
         from typed_settings.cls_utils import deep_options
     except ImportError:
         raise MissingExtra("reading settings", "cli", "typed-settings") from None
+    except FileNotFoundError:  # it looks for the working directory when it is imported
+        raise SettingsError("the working directory is gone; change to one that is there: cd") from None
     return {option.path: option for option in deep_options(Settings)}
 
 
@@ -317,8 +319,10 @@ def _checked(option: OptionInfo, value: Any, origin: str, base: Path, home: Path
         elif isinstance(value, str) and not origin.startswith(FILE):  # a file has types of its own
             value = _from_text(value, option)
         if Path in (option.cls, *get_args(option.cls)):
-            several = isinstance(value, list | tuple)
-            value = [_absolute(v, base, home) for v in value] if several else _absolute(value, base, home)
+            if isinstance(value, list | tuple):
+                value = [_absolute(v, base, home) for v in value]
+            elif get_origin(option.cls) is not tuple:  # what should be a list is left to the validator as it is
+                value = _absolute(value, base, home)
         # The other settings of its class have their defaults here, which are good: only this one can be refused.
         value = getattr(option.parent_cls(**{option.name: value}), option.name)
         return float(value) if option.cls is float else value

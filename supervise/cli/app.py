@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from cyclopts import App, CycloptsError, Group
 from rich.console import Console
@@ -22,9 +25,9 @@ from supervise.cli.commands.scripts import app as scripts
 from supervise.cli.commands.tasks import logs, submit
 from supervise.cli.commands.timeline import timeline
 from supervise.cli.commands.worker import worker
-from supervise.cli.common import secrets
-from supervise.cli.mistakes import told
-from supervise.cli.options import STANDARD_INPUT, paragraphs
+from supervise.cli.common import secrets, told_as
+from supervise.cli.mistakes import DASH, of_spec, told
+from supervise.cli.options import paragraphs
 from supervise.errors import BadInput, SettingsError, SpecError, SuperviseError, UnsupportedPlatform
 from supervise.secrets import Masker, secret_values
 
@@ -32,8 +35,8 @@ from supervise.secrets import Masker, secret_values
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 EPILOGUE = (
-    "Exit codes: 0 completed, 1 failed, 2 wrong use, 124 timed out, 130 and 143 cancelled by SIGINT and SIGTERM, "
-    "141 standard output was closed."
+    "Exit codes: 0 completed, 1 failed, 2 wrong use, 124 timed out, 130, 143 and 129 cancelled by SIGINT, SIGTERM "
+    "and SIGHUP, 141 standard output was closed."
 )
 
 app = App(
@@ -69,12 +72,18 @@ for _place, (_group, _commands) in enumerate(_panels.items()):
 def main(argv: list[str]) -> int:
     """Run the command line. Returns the exit code; a user never sees a traceback for a mistake of theirs."""
     secrets.update(secret_values(os.environ))
+    told_as.clear()
+    for name in ("COLUMNS", "LINES"):  # 0: a terminal that does not know its size
+        if not os.environ.get(name, "1").isdecimal() or not int(os.environ.get(name, "1")):
+            del os.environ[name]
     try:
         code = _answer(argv)
         sys.stdout.flush()
     except CycloptsError as error:
         return _complain(told(error, app), exit_codes.USAGE)
-    except (SpecError, SettingsError, BadInput, UnsupportedPlatform) as error:
+    except SpecError as error:
+        return _complain(of_spec(str(error)), exit_codes.USAGE)
+    except (SettingsError, BadInput, UnsupportedPlatform) as error:
         return _complain(str(error), exit_codes.USAGE)
     except SuperviseError as error:
         return _complain(str(error), exit_codes.USAGE if isinstance(error, ImportError) else exit_codes.FAILED)
@@ -91,10 +100,24 @@ def main(argv: list[str]) -> int:
 
 
 def _answer(argv: list[str]) -> int:
-    # A word of its own: cyclopts would take "-" for an option, or, told to allow it, every mistyped option.
-    words = [STANDARD_INPUT if word == "-" else word for word in argv]
-    code = app(words, exit_on_error=False, print_error=False, console=_Help())
+    words = [*argv[1:], "--help"] if argv[:1] == ["help"] else argv
+    # cyclopts would take "-" for an option, or, told to allow it, every mistyped option. Behind "--" there are none.
+    end = words.index("--") if "--" in words else len(words)
+    words = [DASH if word == "-" else word for word in words[:end]] + words[end:]
+    command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False, console=_Help())
+    code = command(*map(_undashed, bound.args), **{name: _undashed(value) for name, value in bound.kwargs.items()})
     return code if isinstance(code, int) else exit_codes.COMPLETED
+
+
+def _undashed(value: Any) -> Any:
+    match value:
+        case str():
+            return value.replace(DASH, "-")
+        case Path():
+            return Path(str(value).replace(DASH, "-"))
+        case list() | tuple():
+            return type(value)(map(_undashed, value))
+    return value
 
 
 class _Help(Console):
@@ -125,7 +148,14 @@ def _give_up_stdout() -> None:
 
 def _complain(message: str, code: int) -> int:
     line = " ".join(Masker(secrets).text(message).splitlines())
-    print(f"supervise: {line}", file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else " " for letter in line)
+    if told_as and told_as[0].format == "json":
+        from supervise.observe.logs import formatter
+
+        record = logging.LogRecord("supervise.cli", logging.ERROR, "", 0, line, None, None)
+        print(formatter(told_as[0]).format(record), file=sys.stderr)
+    else:
+        print(f"supervise: {line}", file=sys.stderr)
     return code
 
 

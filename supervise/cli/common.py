@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from supervise.settings import Settings
+    from supervise.settings import LogSettings, Settings
 
 #: Values that no sink of ours may show.
 secrets: set[str] = set()
+#: How the settings want it told, as soon as they are known.
+told_as: list[LogSettings] = []
 
 
 def settings_of(config: Path | None, pairs: list[str] | None, options: dict[str, Any] | None = None) -> Settings:
@@ -32,7 +34,21 @@ def settings_of(config: Path | None, pairs: list[str] | None, options: dict[str,
     given = {name: str(value) for name, value in (options or {}).items() if value is not None}
     settings = Settings.load(config=config, overrides={**overrides(pairs), **given})
     secrets.update(_secrets_of(settings))
+    told_as[:] = [settings.log]
     return settings
+
+
+def absolute(path: Path) -> str:
+    """The path from the root on. Raises SettingsError where it cannot be told."""
+    import os
+
+    from supervise.errors import SettingsError
+
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        problem = f"{str(path)!r} is relative, but the working directory is gone; write the whole path"
+    raise SettingsError(problem)
 
 
 def overrides(pairs: list[str] | None) -> dict[str, str]:

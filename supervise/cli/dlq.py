@@ -6,13 +6,14 @@ import json as json_module
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from supervise.cli import exit_codes
 from supervise.cli.stdout import put_out
-from supervise.cli.tables import put_table, standard_output
+from supervise.cli.tables import WIDE, put_table, standard_output
 from supervise.cli.tasks import root_of
 from supervise.cli.view import say
 from supervise.codec import to_line
@@ -20,8 +21,10 @@ from supervise.dispatch.dead_letters import DeadLetter, DeadLetters
 from supervise.errors import SettingsError, SuperviseError
 from supervise.settings import Settings
 
-#: Of a terminal on which the table has all of its columns, in cells.
-ROOMY = 72
+HEADS = ("name", "worker", "reason", "since", "tries")
+GAP = 1
+#: The detail is a column where it has so many cells; else it is below.
+DETAIL = 24
 
 
 async def list_all(settings: Settings, worker: str | None, json: bool, *, console: Console) -> int:
@@ -29,32 +32,46 @@ async def list_all(settings: Settings, worker: str | None, json: bool, *, consol
     letters = DeadLetters(root_of(settings), worker).all()
     if json:
         return await put_out(b"".join(to_line(_told(letter)) for letter in letters))
-    out = standard_output()
-    table = Table(box=None, pad_edge=False, expand=out.is_terminal)
-    columns = ["name", "worker", "reason", "since", "tries"]
-    if out.width < ROOMY:
-        del columns[3:]
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    table.add_column("detail", overflow="ellipsis", no_wrap=True, ratio=1)  # what is left of a terminal
-    for letter in letters:
-        record = letter.record
-        attempts = record.get("attempts")
-        cells = [
-            letter.name,
-            letter.worker,
-            record.get("dlq_reason", "?"),
-            str(record.get("dlq_timestamp", "?"))[:19],
-            len(attempts) if isinstance(attempts, list) else 0,
-        ]
-        shown = [*cells[: len(columns)], record.get("dlq_detail", "")]
-        table.add_row(*(Text(_printable(str(cell))) for cell in shown))  # as it is: rich takes brackets for markup
     if letters:
-        code = await put_table(table)
+        wide = WIDE + max(len(str(letter.record.get("dlq_detail", ""))) for letter in letters)
+        code = await put_table(_drawn(letters, standard_output(wide=wide).width), wide=wide)
         if code != exit_codes.COMPLETED:
             return code
     say(console, f"supervise: {len(letters)} dead letter{'' if len(letters) == 1 else 's'}", "dim")
     return exit_codes.COMPLETED
+
+
+def _drawn(letters: list[DeadLetter], width: int) -> RenderableType:
+    """The table. What has no room is left out: names stay whole, since people have to type them."""
+    rows = [[_printable(str(cell)) for cell in _cells(letter)] for letter in letters]
+    details = [_printable(str(letter.record.get("dlq_detail", ""))) for letter in letters]
+    needed = [max(map(cell_len, column)) + GAP for column in zip(HEADS, *rows, strict=True)]
+    for count in (len(HEADS), 3):
+        if sum(needed[:count]) + DETAIL <= width:
+            table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), expand=True)
+            for head, width_of_it in zip(HEADS[:count], needed, strict=False):
+                table.add_column(head, no_wrap=True, min_width=width_of_it - GAP)
+            table.add_column("detail", overflow="ellipsis", no_wrap=True, ratio=1)
+            for row, detail in zip(rows, details, strict=True):
+                table.add_row(*map(Text, row[:count]), Text(detail))  # as it is: rich takes brackets for markup
+            return table
+    below = Text(overflow="fold")
+    for row, detail in zip(rows, details, strict=True):
+        below.append(f"{row[0]}\n", "bold")
+        below.append(f"  {row[1]}: {row[2]}\n  {detail}\n" if detail else f"  {row[1]}: {row[2]}\n")
+    below.right_crop(1)
+    return below
+
+
+def _cells(letter: DeadLetter) -> tuple[object, ...]:
+    attempts = letter.record.get("attempts")
+    return (
+        letter.name,
+        letter.worker,
+        letter.record.get("dlq_reason", "?"),
+        str(letter.record.get("dlq_timestamp", "?"))[:19],
+        len(attempts) if isinstance(attempts, list) else 0,
+    )
 
 
 async def show(settings: Settings, names: list[str], worker: str | None, *, console: Console) -> int:

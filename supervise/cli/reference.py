@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from inspect import Parameter as Word
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from cyclopts import App
 
@@ -79,9 +79,7 @@ def _kind(argument: Any) -> str:
     choices = argument.get_choices()
     if choices:
         return "\\|".join(choices)
-    kinds = [kind for kind in get_args(argument.hint) if kind is not type(None)] or [argument.hint]
-    kind = get_args(kinds[0])[0] if get_origin(kinds[0]) is list else kinds[0]
-    return {bool: "", int: "N", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+    return "" if argument.hint is bool else argument.parameter.metavar
 
 
 def _cell(text: str) -> str:

@@ -52,9 +52,9 @@ class Stdout:
 
     def exit_code(self, code: int) -> int:
         """Of a command that would end with `code`, had it been able to write."""
-        if code != exit_codes.COMPLETED or not self.closed:
-            return code
-        return exit_codes.FAILED if self.trouble else exit_codes.BROKEN_PIPE
+        if self.trouble:
+            return exit_codes.FAILED
+        return exit_codes.BROKEN_PIPE if self.closed and code == exit_codes.COMPLETED else code
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`. Cancelling leaves it half written, and the thread behind."""

@@ -45,6 +45,16 @@ def mend_standard_streams() -> None:
             stream.reconfigure(errors=SPELL)
 
 
+def on_terminal(stream: object) -> bool:
+    """Whether a person looks at this stream on a terminal that can be drawn on.
+
+    rich also takes a pipe for a terminal where FORCE_COLOR is set: for colours that is right; but nothing is to be cut
+    there, and nothing drawn over.
+    """
+    isatty = getattr(stream, "isatty", None)
+    return bool(isatty and isatty()) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+
+
 def write_all(descriptor: int, data: bytes, on_progress: Callable[[int], None] = lambda count: None) -> None:
     """Write to a descriptor, also to one that somebody has made non-blocking. Blocks as long as it takes."""
     view = memoryview(data)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console, RenderableType
 
 from supervise.cli.stdout import put_out
-from supervise.cli.streams import SPELL
+from supervise.cli.streams import SPELL, on_terminal
 
 #: Of what no terminal bounds, in characters: whoever reads it there cuts it by himself.
 WIDE = 400
@@ -13,8 +15,7 @@ WIDE = 400
 
 def standard_output(*, wide: int = WIDE) -> Console:
     """A console that draws for standard output; what it draws is to be captured and put out by `put_out`."""
-    console = Console()
-    return console if console.is_terminal else Console(width=wide)
+    return Console() if on_terminal(sys.stdout) else Console(width=wide)
 
 
 async def put_table(*drawn: RenderableType, wide: int = WIDE) -> int:

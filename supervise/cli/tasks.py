@@ -52,9 +52,9 @@ async def hand_in(
     root = root_of(settings)
     path = await trio.to_thread.run_sync(submit, root, worker, fields)
     task_id = str(fields["task_id"])
+    submitted = to_line({"type": "submitted", "task_id": task_id, "worker": worker, "file": str(path)})
     if wait is None:
-        told = {"type": "submitted", "task_id": task_id, "worker": worker, "file": str(path)}
-        return await put_out(to_line(told) if json else f"{task_id}\n".encode())
+        return await put_out(submitted if json else f"{task_id}\n".encode())
     say(console, f"supervise: task {task_id} waits for worker {worker}", "dim")
     signals = Signals()
     record: dict[str, Any] | None = None
@@ -64,11 +64,14 @@ async def hand_in(
             if record is not None:
                 break
             await trio.sleep(LOOK)
-    if record is None and signals.ended_by is not None:
-        say(console, f"supervise: task {task_id} goes on without us", "yellow")
-        return exit_codes.of_signal(signals.ended_by)
     if record is None:
-        raise SuperviseError(f"task {task_id} has no result after {wait:g} s; it goes on: supervise logs {task_id}")
+        put = await put_out(submitted) if json else exit_codes.COMPLETED
+        if signals.ended_by is not None:
+            say(console, f"supervise: task {task_id} goes on without us", "yellow")
+            return exit_codes.of_signal(signals.ended_by)
+        told = f"task {task_id} has no result after {wait:g} s; it goes on: supervise logs {task_id}"
+        say(console, f"supervise: {told}", "red")
+        return put or exit_codes.TIMED_OUT
     put = await put_out(to_line(record) if json else _text(str(record.get("text", ""))))
     if "dlq_reason" in record:
         say(

@@ -17,7 +17,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from supervise import events as e
-from supervise.cli.streams import Screen
+from supervise.cli.streams import Screen, on_terminal
 from supervise.cli.told import show_event, show_line
 from supervise.observe.describe import describe
 
@@ -29,7 +29,7 @@ ROWS_AROUND = 8
 
 async def follow(events: AsyncIterable[e.Event], console: Console, title: str) -> None:
     """Show events until they end, and wait until they are seen. Cancelling stops showing."""
-    if console.is_terminal and not console.is_dumb_terminal:
+    if on_terminal(console.file):
         await _live(events, console, title)
     else:
         await _lines(events, console)
@@ -50,7 +50,7 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 def tell(console: Console, text: str, style: str = "") -> None:
     """Words, wrapped where a person reads them on a terminal."""
-    show_line(console, Text(text, style), style, soft_wrap=not console.is_terminal)
+    show_line(console, Text(text, style), style, soft_wrap=not on_terminal(console.file))
 
 
 async def _lines(events: AsyncIterable[e.Event], console: Console) -> None:
@@ -74,6 +74,12 @@ async def _live(events: AsyncIterable[e.Event], console: Console, title: str) ->
             picture.take(event)
 
 
+def framed(body: RenderableType, title: str, options: ConsoleOptions) -> Panel:
+    """A picture's frame: with room behind it for the ^C that a terminal echoes, which would begin a line else."""
+    width = max(1, options.max_width - len("^C") - 1)
+    return Panel(body, title=title, title_align="left", border_style="dim", width=width)
+
+
 @final
 class Picture:
     """The nursery of a job and its latest events."""
@@ -83,6 +89,7 @@ class Picture:
         self._began: float | None = None
         self._ended: float | None = None
         self._workspace = ""
+        self._has_index = True
         self._state = "queued"
         self._index = ("NotStarted", "none", "")
         self._agent = "not started"
@@ -96,6 +103,7 @@ class Picture:
         match event:
             case e.JobStarted():
                 self._workspace = event.workspace
+                self._has_index = event.index != "none"
             case e.StateChanged():
                 self._state = event.state
             case e.IndexChanged():
@@ -119,7 +127,8 @@ class Picture:
         elapsed = 0.0 if self._began is None else now - self._began
         state, status, reason = self._index
         tree = Tree(Text.assemble(("job ", "bold"), (self._state, "bold cyan"), f"  {elapsed:5.1f} s"))
-        tree.add(Text.assemble(("index  ", "bold"), f"{state}  ", (status, "cyan"), f"  {reason}"))
+        if self._has_index:
+            tree.add(Text.assemble(("index  ", "bold"), f"{state}  ", (status, "cyan"), f"  {reason}"))
         tree.add(Text.assemble(("agent  ", "bold"), self._agent))
         tree.add(Text.assemble(("heartbeat  ", "bold"), "ended with the job" if ended else self._heartbeat(now)))
         table = Table.grid(padding=(0, 1), expand=True)
@@ -130,7 +139,7 @@ class Picture:
         for at, who, what, mood in tuple(self._lines)[-room:]:  # a copy: another thread draws
             table.add_row(f"{at:.2f}", who, Text(what, COLOURS[mood]))
         body = Group(tree if ended else Cut(tree), Text(), table)
-        yield Panel(body, title=self._title, title_align="left", border_style="dim")
+        yield framed(body, self._title, options)
 
     def _heartbeat(self, now: float) -> str:
         beat = self._beat

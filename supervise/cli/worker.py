@@ -14,6 +14,7 @@ from rich.text import Text
 from supervise.cli import exit_codes
 from supervise.cli.signals import Signals
 from supervise.cli.stdout import Stdout
+from supervise.cli.streams import on_terminal
 from supervise.cli.told import show_event
 from supervise.cli.view import COLOURS, say, seen
 from supervise.cli.worker_view import WorkerPicture, draw
@@ -39,8 +40,8 @@ async def run(name: str, settings: Settings, json: bool, *, console: Console) ->
     with ExitStack() as stack:
         stack.enter_context(signals.watch())
         emit = _metrics(settings, stack, console)
-        picture = WorkerPicture(name) if console.is_terminal and not console.is_dumb_terminal else None
-        observe: Observer = picture.observe if picture and not json else lambda task, event: None
+        picture = WorkerPicture(name) if on_terminal(console.file) and not json else None
+        observe: Observer = picture.observe if picture else lambda task, event: None
         with signals.preparation:  # it may wait for its lock
             async with open_worker(name, settings=settings, emit=emit, observe=observe) as worker:
                 ending = Ending(worker)
@@ -86,7 +87,11 @@ def _metrics(settings: Settings, stack: ExitStack, console: Console) -> Callable
 
 
 async def _show(worker: Worker, json: bool, picture: WorkerPicture | None, console: Console) -> None:
-    stdout = Stdout(1, lambda: None)
+    def lost() -> None:
+        why = stdout.trouble or "its reader has gone away"
+        say(console, f"supervise: standard output cannot be written to: {why}; the worker goes on without it", "red")
+
+    stdout = Stdout(1, lost)
     async with worker.subscribe() as events:
         if json:  # a reader who goes away, or takes nothing, keeps no task from its work
             await stdout.json_lines(events)

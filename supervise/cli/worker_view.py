@@ -10,13 +10,12 @@ from typing import final
 from attrs import define
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from supervise import events as e
-from supervise.cli.view import COLOURS, Cut
+from supervise.cli.view import COLOURS, Cut, framed
 from supervise.dispatch.task import Task
 from supervise.model import IndexStatus
 from supervise.observe.describe import describe
@@ -120,7 +119,7 @@ class WorkerPicture:
         for at, who, what, mood in lines[-left:]:
             table.add_row(time.strftime("%H:%M:%S", time.localtime(at)), who, Text(what, COLOURS[mood]))
         body = Group(Cut(tree), Text(), table)
-        yield Panel(body, title=f"supervise worker · {self._name}", title_align="left", border_style="dim")
+        yield framed(body, f"supervise worker · {self._name}", options)
 
     def _head(self, now: float) -> Text:
         status = self._status

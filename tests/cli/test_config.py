@@ -152,6 +152,7 @@ async def test_a_terminal_of_any_width_shows_the_whole_values(
     home: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
+    monkeypatch.setattr("supervise.cli.tables.on_terminal", lambda stream: True)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("SUPERVISE_INDEX__MODE", "none")

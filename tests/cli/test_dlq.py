@@ -70,14 +70,15 @@ def test_dead_letters_are_listed_for_people_and_for_programs(root: Root) -> None
     assert told["t1"]["record"] == root.read("dlq", "t1")
     assert told["no task[red]"]["raw"] == str(root.path / "dlq/w1/no task[red].raw")
     assert told["torn"]["record"] == {}
-    narrow = on_terminal(root, 60, "dlq", "list")
-    wide = on_terminal(root, 200, "dlq", "list")
+    below, narrow, wide = (on_terminal(root, columns, "dlq", "list") for columns in (40, 76, 200))
     assert LONG in wide
     assert LONG not in narrow
     assert "…" in narrow
     assert all(re.search(rf"^{name} +w\d +auth ", narrow, re.MULTILINE) for name in ("t1", "t2"))
     assert ("since" in narrow, "since" in wide) == (False, True)  # there is no room for it
-    for seen in (narrow, wide):
+    assert "".join(LONG.split()) in "".join(below.split())  # where there is no column for it, it is told below
+    assert re.search(r"^(\x1b\[1m)?no task\[red\]", below, re.MULTILINE)
+    for seen in (below, narrow, wide):
         assert "\x1b[2J" not in seen
         assert "\x07" not in seen
     reader = root.start("dlq", "list", "--json")

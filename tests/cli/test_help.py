@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -82,9 +83,18 @@ def test_the_help_loads_neither_trio_nor_the_library() -> None:
 # --- mistakes ----------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "runn": 'Did you mean "run"?',
-    "dlq lst": 'Did you mean "list"?',
+    "runn": "Did you mean 'run'?",
+    "dlq lst": "Did you mean 'list'?",
+    "xyz": "There are: demo, run, timeline, scripts, worker, submit, logs, dlq, doctor, config, completion.",
     "--verison": "Did you mean --version?",
+    "--json": "Options come after the command.",
+    "run --timeout nan x": "--timeout is nan, but must be a number of seconds above 0",
+    "run --max-turns -1 x": "--max-turns is -1, but must be",
+    "run --workspace= x": "--workspace is '', but must be the path of a file or a directory",
+    "worker w1 --root=": "--root is '', but must be the path of",
+    "scripts run x --month 10": "An option of the script's own comes behind --",
+    "config --example --json": "--example writes all settings, as TOML; leave NAME, --set, --config and --json out",
+    "config --config -": "/- does not exist",
     "run --workspce . x": "Did you mean --workspace?",
     "worker w1 --max-concurent 3": "Did you mean --max-concurrent?",
     "run --timeout soon x": "--timeout is 'soon', but must be a number",
@@ -105,6 +115,49 @@ def test_a_mistake_is_told_in_one_line_with_what_is_right(cli: Cli) -> None:
     words = [mistake.split() for mistake in MISTAKES]
     for mistake, done, text in zip(words, Root(cli).many(words), MISTAKES.values(), strict=True):
         refused(done, mistake, 2, text)
+
+
+def test_a_dash_is_a_dash_but_where_it_means_standard_input(cli: Cli) -> None:
+    root = Root(cli)
+    root.make()
+    told = root.many(
+        [
+            ["submit", "w1", "--task-id", "t1", "--script", "s", "--script-arg=-", "--metadata", "a=-", "do it"],
+            ["submit", "w1", "--task-id", "t2", "--", "-"],
+        ]
+    )
+    assert [done.code for done in told] == [0, 2]
+    assert "PROMPT" in told[1].err or "description" in told[1].err  # standard input is empty
+    record = root.read("tasks", "t1")
+    assert record is not None
+    assert (record["args"], record["metadata"]) == (["-"], {"a": "-"})
+
+
+def test_help_may_be_asked_for_as_a_command(cli: Cli) -> None:
+    whole, of_one = Root(cli).many([["help"], ["help", "dlq", "list"]])
+    assert (whole.code, "supervise demo" in whole.out) == (0, True)
+    assert (of_one.code, "List the dead letters" in of_one.out) == (0, True)
+
+
+def test_a_terminal_that_does_not_know_its_size_is_no_error(cli: Cli) -> None:
+    done = cli.do("--help", env={"COLUMNS": "0", "LINES": "x"})
+    assert (done.code, done.err) == (0, "")
+
+
+def test_where_the_working_directory_is_gone_it_says_so(cli: Cli) -> None:
+    gone = cli.root / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {sys.executable} -P -m supervise scripts list"
+    done = subprocess.run(["sh", "-c", script], env=cli.env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "supervise: the working directory is gone; change to one that is there: cd\n"
+
+
+def test_a_mistake_is_a_log_line_where_those_are_json(cli: Cli) -> None:
+    [done] = Root(cli).many([["logs", "nobody", "--set", "log.format=json"]])
+    line = json.loads(done.err)
+    assert (done.code, line["level"], line["logger"]) == (1, "error", "supervise.cli")
+    assert "nobody" in line["event"]
 
 
 # --- completion --------------------------------------------------------------------------------------------

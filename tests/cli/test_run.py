@@ -83,7 +83,8 @@ def test_options_reach_the_agent(cli: Cli) -> None:
     options = ["--session-id", "u1", "--system-prompt-file", "a", "--append-system-prompt-file", "b"]
     done = cli.run("ask", *options, "--agent-arg=--bare", "--agent-arg", "--verbose")
     argv = " ".join(seen_by_agent(done)["argv"])
-    assert argv.endswith("--session-id u1 --system-prompt-file a --append-system-prompt-file b --bare --verbose")
+    files = f"--system-prompt-file {cli.workspace}/a --append-system-prompt-file {cli.workspace}/b"
+    assert argv.endswith(f"--session-id u1 {files} --bare --verbose")
 
 
 def test_a_text_of_20_mb_arrives_whole(cli: Cli) -> None:
@@ -274,10 +275,10 @@ MISTAKES: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["run", "--workspace", "/etc/passwd", "hi"], {}, ["/etc/passwd", "no directory"]),
     (["run", "--timeout", "-1", "hi"], {}, ["timeout", "-1", "above 0"]),
     (["run", "--timeout", "soon", "hi"], {}, ["--timeout", "soon"]),
-    (["run", "  \n "], {}, ["prompt", "not empty"]),
+    (["run", "  \n "], {}, ["PROMPT", "not empty"]),
     (["run"], {}, ["prompt"]),
-    (["run", "--job-id", "../x", "hi"], {}, ["job_id", "../x"]),
-    (["run", "--max-turns", "0", "hi"], {}, ["max_turns", "1 or more"]),
+    (["run", "--job-id", "../x", "hi"], {}, ["--job-id", "../x"]),
+    (["run", "--max-turns", "0", "hi"], {}, ["--max-turns", "1 or more"]),
     (["run", "--set", "index.mode", "hi"], {}, ["index.mode", "name=value"]),
     (["run", "--set", "index.mod=none", "hi"], {}, ["index.mod", "did you mean 'index.mode'?"]),
     (["run", "--set", "index.mode=no\nne", "hi"], {}, ["index.mode"]),

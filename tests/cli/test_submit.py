@@ -154,7 +154,7 @@ def test_who_waits_is_told_what_became_of_the_task(root: Root) -> None:
     assert dones["json"].code == 0
     assert (dones["late"].code, dones["late"].out) == (124, "")
     assert "supervise: task late timed_out: " in dones["late"].err
-    assert (dones["short"].code, dones["short"].out) == (1, "")
+    assert (dones["short"].code, dones["short"].out) == (124, "")
     assert "supervise: task short has no result after 0 s; it goes on: supervise logs short\n" in dones["short"].err
     root.go("gate")
     assert root.result("interrupted")["text"] == "after all"

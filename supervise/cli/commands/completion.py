@@ -13,9 +13,9 @@ def completion(
 ) -> int:
     """Print a script that lets your shell complete commands and options.
 
-    Example: supervise completion bash > ~/.local/share/bash-completion/completions/supervise
+    Example: supervise completion bash >> ~/.bash_completion
 
-    Example: supervise completion zsh > ~/.zfunc/_supervise
+    Example: supervise completion zsh > ~/.zfunc/_supervise  # a directory of your $fpath
 
     Example: supervise completion fish > ~/.config/fish/completions/supervise.fish
     """

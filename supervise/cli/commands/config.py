@@ -23,10 +23,13 @@ def config(
 
     Example: supervise config index
 
-    Example: supervise config --example > ~/.config/supervise/supervise.toml
+    Example: mkdir -p ~/.config/supervise && supervise config --example > ~/.config/supervise/supervise.toml
     """
     from supervise.cli import config as command
+    from supervise.errors import SettingsError
 
     if example:
+        if name is not None or config is not None or set or json:
+            raise SettingsError("--example writes all settings, as TOML; leave NAME, --set, --config and --json out")
         return in_trio(command.example)
     return in_trio(command.show, name, config, overrides(set), json)

@@ -7,20 +7,24 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from supervise.cli.common import in_trio, settings_of
+from supervise.cli.common import absolute, in_trio, settings_of
 from supervise.cli.options import (
     AGENT,
     JOB,
-    STANDARD_INPUT,
     Config,
     Events,
+    File,
+    Id,
     JobId,
     LogFormat,
     MaxMemory,
     MaxProcesses,
+    Named,
+    Seconds,
     Set,
     User,
     Whole,
+    Words,
     Workspace,
 )
 
@@ -32,32 +36,35 @@ def run(
     /,
     *,
     workspace: Workspace = Path("."),
-    timeout: Annotated[float, Parameter(group=JOB, help="Seconds from the agent's start until it is stopped.")] = 600.0,
+    timeout: Annotated[
+        Seconds, Parameter(group=JOB, help="Seconds from the agent's start until it is stopped.")
+    ] = 600.0,
     job_id: JobId = None,
     user: User = None,
     max_memory: MaxMemory = None,
     max_processes: MaxProcesses = None,
-    model: Annotated[str | None, Parameter(group=AGENT, help="Model or alias.")] = None,
+    model: Annotated[Named | None, Parameter(group=AGENT, help="Model or alias.")] = None,
     max_turns: Annotated[Whole | None, Parameter(group=AGENT, help="Turns after which the run fails.")] = None,
-    max_budget_usd: Annotated[float | None, Parameter(group=AGENT, help="Dollars after which the run fails.")] = None,
-    allowed_tools: Annotated[
-        list[str] | None,
-        Parameter(group=AGENT, negative=(), help="Tool that needs no permission; may be given again."),
+    max_budget_usd: Annotated[
+        float | None, Parameter(group=AGENT, metavar="DOLLARS", help="Dollars after which the run fails.")
     ] = None,
-    permission_mode: Annotated[str | None, Parameter(group=AGENT, help="acceptEdits, plan, dontAsk, …")] = None,
-    resume: Annotated[str | None, Parameter(group=AGENT, help="Id of a session to go on with.")] = None,
-    session_id: Annotated[str | None, Parameter(group=AGENT, help="Id (a UUID) for a new session.")] = None,
+    allowed_tools: Annotated[
+        Words | None,
+        Parameter(group=AGENT, help="Tool that needs no permission; may be given again."),
+    ] = None,
+    permission_mode: Annotated[Named | None, Parameter(group=AGENT, help="acceptEdits, plan, dontAsk, …")] = None,
+    resume: Annotated[Id | None, Parameter(group=AGENT, help="Id of a session to go on with.")] = None,
+    session_id: Annotated[Id | None, Parameter(group=AGENT, help="Id (a UUID) for a new session.")] = None,
     system_prompt_file: Annotated[
-        str | None, Parameter(group=AGENT, help="File that replaces the system prompt.")
+        File | None, Parameter(group=AGENT, help="File that replaces the system prompt.")
     ] = None,
     append_system_prompt_file: Annotated[
-        str | None, Parameter(group=AGENT, help="File that is added to the system prompt.")
+        File | None, Parameter(group=AGENT, help="File that is added to the system prompt.")
     ] = None,
     agent_arg: Annotated[
-        list[str] | None,
+        Words | None,
         Parameter(
             group=AGENT,
-            negative=(),
             allow_leading_hyphen=True,
             help="Further argument of the agent, as it is: --agent-arg=--bare; may be given again.",
         ),
@@ -89,12 +96,12 @@ def run(
         permission_mode=permission_mode,
         resume=resume,
         session_id=session_id,
-        system_prompt_file=system_prompt_file,
-        append_system_prompt_file=append_system_prompt_file,
+        system_prompt_file=_text(system_prompt_file),
+        append_system_prompt_file=_text(append_system_prompt_file),
         extra_args=agent_arg or (),
     )
     spec = JobSpec(
-        prompt=command.read_prompt("-" if prompt == STANDARD_INPUT else prompt),
+        prompt=command.read_prompt(prompt),
         workspace=workspace,
         job_id=job_id or new_job_id(),
         agent=agent,
@@ -103,3 +110,8 @@ def run(
         limits=Limits(memory_bytes=max_memory, processes=max_processes),
     )
     return in_trio(command.run, spec, settings, json, settings=settings)
+
+
+def _text(file: Path | None) -> str | None:
+    """For the agent's command line; relative to here, not to the workspace."""
+    return None if file is None else absolute(file)

@@ -12,8 +12,8 @@ from supervise.cli.common import in_trio, settings_of
 from supervise.cli.options import (
     JOB,
     SETTINGS,
-    STANDARD_INPUT,
     Config,
+    Directories,
     Events,
     JobId,
     LogFormat,
@@ -21,6 +21,7 @@ from supervise.cli.options import (
     MaxProcesses,
     ObjectLines,
     OneObject,
+    Seconds,
     Set,
     User,
     Workspace,
@@ -33,11 +34,10 @@ app = App(
 )
 
 Dirs = Annotated[
-    list[Path] | None,
+    Directories | None,
     Parameter(
         name="--dir",
         group=SETTINGS,
-        negative=(),
         help="Directory of scripts, in place of script_dirs; may be given again.",
     ),
 ]
@@ -91,11 +91,16 @@ def run(
     *args: Annotated[str, Parameter(help="Arguments of the script; put -- before the first one with a hyphen.")],
     input: Annotated[
         str,
-        Parameter(group=JOB, show_default=False, help="What it reads from standard input; '-': what we read there."),
+        Parameter(
+            group=JOB,
+            metavar="TEXT",
+            show_default=False,
+            help="What it reads from standard input; '-': what we read there.",
+        ),
     ] = "",
     workspace: Workspace = Path("."),
     timeout: Annotated[
-        float | None,
+        Seconds | None,
         Parameter(group=JOB, help="Seconds until it is stopped; default: its header's, else its task class's."),
     ] = None,
     job_id: JobId = None,
@@ -122,7 +127,7 @@ def run(
     wanted = command.Wanted(
         name=name,
         args=args,
-        stdin=jobs.read_prompt("-") if input == STANDARD_INPUT else input,
+        stdin=jobs.read_prompt("-") if input == "-" else input,
         timeout=timeout,
         workspace=workspace,
         job_id=job_id,

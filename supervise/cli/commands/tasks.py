@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from supervise.cli.common import in_trio, name_value_pairs, seconds, settings_of, whole
-from supervise.cli.options import STANDARD_INPUT, TASK, Config, OneObject, Root, Set, Whole, Worker, switch
+from supervise.cli.common import absolute, in_trio, name_value_pairs, seconds, settings_of, whole
+from supervise.cli.options import (
+    TASK,
+    Config,
+    Directory,
+    Id,
+    Named,
+    OneObject,
+    Pairs,
+    Root,
+    Seconds,
+    Set,
+    Whole,
+    Words,
+    Worker,
+    switch,
+)
 
 
 def submit(
@@ -20,41 +33,49 @@ def submit(
     /,
     *,
     root: Root = None,
-    task_id: Annotated[str | None, Parameter(group=TASK, help="Id of the task; made if absent.")] = None,
+    task_id: Annotated[Id | None, Parameter(group=TASK, help="Id of the task; made if absent.")] = None,
     script: Annotated[
-        str | None,
+        Named | None,
         Parameter(group=TASK, help="Run this script of the worker's catalogue; the description is its standard input."),
     ] = None,
     script_arg: Annotated[
-        list[str] | None,
+        Words | None,
         Parameter(
             group=TASK,
-            negative=(),
             allow_leading_hyphen=True,
             help="Argument of the script: --script-arg=--fast; may be given again.",
         ),
     ] = None,
     priority: Annotated[
-        str | None, Parameter(group=TASK, help="A whole number, higher comes first; or low, normal, high, urgent.")
+        str | None,
+        Parameter(
+            group=TASK, metavar="PRIORITY", help="A whole number, higher comes first; or low, normal, high, urgent."
+        ),
     ] = None,
     depends_on: Annotated[
-        list[str] | None,
-        Parameter(group=TASK, negative=(), help="Id of a task that must be completed first; may be given again."),
+        Annotated[list[str], Parameter(metavar="ID", negative=())] | None,
+        Parameter(group=TASK, help="Id of a task that must be completed first; may be given again."),
     ] = None,
     workspace: Annotated[
-        Path | None, Parameter(group=TASK, help="Directory to work in; default: the worker's.")
+        Directory | None, Parameter(group=TASK, help="Directory to work in; default: the worker's.")
     ] = None,
     timeout: Annotated[
-        float | None, Parameter(group=TASK, help="Seconds from the agent's start until it is stopped.")
+        Seconds | None, Parameter(group=TASK, help="Seconds from the agent's start until it is stopped.")
     ] = None,
     max_attempts: Annotated[Whole | None, Parameter(group=TASK, help="Attempts; default: the worker's.")] = None,
-    not_before: Annotated[str | None, Parameter(group=TASK, help="Not before this time: 2026-11-21T12:00:00Z.")] = None,
+    not_before: Annotated[
+        str | None, Parameter(group=TASK, metavar="TIME", help="Not before this time: 2026-11-21T12:00:00Z.")
+    ] = None,
     metadata: Annotated[
-        list[str] | None,
-        Parameter(group=TASK, negative=(), help="Something to keep with the task, name=value; may be given again."),
+        Pairs | None,
+        Parameter(group=TASK, help="Something to keep with the task; may be given again."),
     ] = None,
     wait: Annotated[
-        float | None, Parameter(group=TASK, help="Wait for the result, so many seconds at most, and print its text.")
+        Seconds | None,
+        Parameter(
+            group=TASK,
+            help="Wait so long at most for the result, and print its text; exit code 124 if there is none by then.",
+        ),
     ] = None,
     set: Set = None,
     config: Config = None,
@@ -75,15 +96,13 @@ def submit(
         raise SettingsError("--script-arg is given without --script; name the script, or leave it out")
     fields: dict[str, Any] = {
         "task_id": task_id or new_job_id(),
-        "description": run_command.read_prompt(
-            "-" if description == STANDARD_INPUT else description, f"supervise submit {worker}"
-        ),
+        "description": run_command.read_prompt(description, f"supervise submit {worker}"),
         "worker": worker,
         "script": script,
         "args": script_arg,
         "priority": whole(priority),
         "dependencies": depends_on,
-        "workspace": None if workspace is None else os.path.abspath(workspace),
+        "workspace": None if workspace is None else absolute(workspace),
         "timeout": timeout,
         "max_attempts": max_attempts,
         "not_before": seconds(not_before),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from supervise.cli.common import in_trio, settings_of
-from supervise.cli.options import OUTPUT, STANDARD_INPUT, Config, OneObject, Root, Set
+from supervise.cli.options import OUTPUT, Config, File, OneObject, Root, Set
 
 
 def timeline(
@@ -16,7 +15,7 @@ def timeline(
     /,
     *,
     svg: Annotated[
-        Path | None, Parameter(group=OUTPUT, help="Write the picture to this file, as SVG; '-': standard output.")
+        File | None, Parameter(group=OUTPUT, help="Write the picture to this file, as SVG; '-': standard output.")
     ] = None,
     root: Root = None,
     set: Set = None,
@@ -29,7 +28,5 @@ def timeline(
     """
     from supervise.cli import timeline as command
 
-    if svg == Path(STANDARD_INPUT):  # what the command line makes of every "-"
-        svg = Path("-")
     settings = settings_of(config, set, {"worker.root": root})
     return in_trio(command.run, settings, job, svg, json, settings=settings)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from supervise.cli.common import in_trio, settings_of
-from supervise.cli.options import OUTPUT, WORKER, Config, LogFormat, Root, Set, Whole, switch
+from supervise.cli.options import OUTPUT, WORKER, Config, Directory, File, LogFormat, Root, Seconds, Set, Whole, switch
 
 
 def worker(
@@ -17,23 +16,24 @@ def worker(
     *,
     root: Root = None,
     workspace: Annotated[
-        Path | None, Parameter(group=WORKER, help="Workspace of tasks that name none; default: worker.workspace.")
+        Directory | None, Parameter(group=WORKER, help="Workspace of tasks that name none; default: worker.workspace.")
     ] = None,
     max_concurrent: Annotated[Whole | None, Parameter(group=WORKER, help="Jobs at a time.")] = None,
     executor: Annotated[
         Literal["local", "mock"] | None, Parameter(group=WORKER, help="Who runs the jobs: local, or mock for a trial.")
     ] = None,
     lock_file: Annotated[
-        Path | None, Parameter(group=WORKER, help="A PID file at a place of yours, locked as well.")
+        File | None, Parameter(group=WORKER, help="A PID file at a place of yours, locked as well.")
     ] = None,
     lock_timeout: Annotated[
-        float | None, Parameter(group=WORKER, help="Seconds to wait for a worker of this name to end.")
+        Seconds | None, Parameter(group=WORKER, help="Seconds to wait for a worker of this name to end.")
     ] = None,
     drain_timeout: Annotated[
-        float | None, Parameter(group=WORKER, help="Seconds that running jobs have to end after the first signal.")
+        Seconds | None, Parameter(group=WORKER, help="Seconds that running jobs have to end after the first signal.")
     ] = None,
     metrics_port: Annotated[
-        Whole | None, Parameter(group=OUTPUT, help="Serve metrics for Prometheus on this port of http.host; 0: any.")
+        Whole | None,
+        Parameter(group=OUTPUT, metavar="PORT", help="Serve metrics for Prometheus on this port of http.host; 0: any."),
     ] = None,
     set: Set = None,
     config: Config = None,
