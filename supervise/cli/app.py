@@ -149,17 +149,27 @@ def _give_up_stdout() -> None:
 def _complain(message: str, code: int) -> int:
     line = " ".join(Masker(secrets).text(message).splitlines())
     line = "".join(letter if letter.isprintable() else " " for letter in line)
-    if told_as and told_as[0].format == "json":
-        from supervise.observe.logs import formatter
-
-        record = logging.LogRecord("supervise.cli", logging.ERROR, "", 0, line, None, None)
-        print(formatter(told_as[0]).format(record), file=sys.stderr)
-    else:
+    if not _log(line):
         print(f"supervise: {line}", file=sys.stderr)
     return code
 
 
 def _bug() -> int:
     """A bug of ours: the traceback helps whoever mends it. Secrets are masked in it."""
-    print(Masker(secrets).text(traceback.format_exc()), file=sys.stderr)
-    return _complain("this is a bug in supervise; please report the lines above", exit_codes.FAILED)
+    message = "this is a bug in supervise; please report"
+    if not _log(f"{message} this traceback", bug=True):
+        print(Masker(secrets).text(traceback.format_exc()), file=sys.stderr)
+        _complain(f"{message} the lines above", exit_codes.FAILED)
+    return exit_codes.FAILED
+
+
+def _log(line: str, *, bug: bool = False) -> bool:
+    """As a line of the log, if those are JSON: then nothing else is to be on standard error."""
+    if not told_as or told_as[0].format != "json":
+        return False
+    from supervise.observe.logs import formatter
+
+    error = sys.exc_info() if bug else None
+    record = logging.LogRecord("supervise.cli", logging.ERROR, "", 0, line, None, error)
+    print(formatter(told_as[0], masker=Masker(secrets)).format(record), file=sys.stderr)
+    return True

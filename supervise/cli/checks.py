@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import trio
 from attrs import Factory, define, frozen
 
-from supervise.cli.redis_server import RedisTrouble, address_of, version_of
+from supervise.cli.redis_server import RedisTrouble, address_of, secrets_of, version_of
 from supervise.dispatch.watching import Inotify, sees_nothing
 from supervise.errors import MissingExtra, SuperviseError
 from supervise.model import Limits, StopPolicy, SweepReport
@@ -26,9 +26,10 @@ from supervise.processes.hurry import Hurry
 from supervise.processes.records import leftovers
 from supervise.processes.sweep import sweep
 from supervise.processes.tiers import Containments, open_containments
+from supervise.secrets import Masker, secret_values
 from supervise.settings import Settings
 
-__all__ = ["Check", "Findings", "examine"]
+__all__ = ["Check", "Findings", "examine", "masker_of"]
 
 #: Descriptors that a running job needs: pipes, sockets and pidfds of its trees, logs.
 DESCRIPTORS_OF_A_JOB = 30
@@ -72,6 +73,13 @@ class Findings:
     report: SweepReport | None = None
 
 
+def masker_of(settings: Settings) -> Masker:
+    """Of all secrets that the checks may meet."""
+    url = settings.redis.url
+    known = {settings.index.voyage_api_key, settings.http.token, *(() if url is None else secrets_of(url))}
+    return Masker({*filter(None, known), *secret_values(os.environ), *secret_values(settings.agent.env)})
+
+
 async def examine(settings: Settings, clean: bool) -> Findings:
     """Do all checks, those that wait for something at the same time.
 
@@ -82,17 +90,20 @@ async def examine(settings: Settings, clean: bool) -> Findings:
     findings = Findings()
     # First, and alone: others look at what it makes.
     state = await guarded("state", lambda: _in_thread(_state_directory, settings), LONGEST)
+    # Whoever else looks at a file system that does not answer would not answer, either.
+    hangs = state == [_no_answer("state", LONGEST)]
+    masker = masker_of(settings)
     checks: dict[str, tuple[Callable[[], Awaitable[list[Check]]], float]] = {
         # Each part of it has a bound of its own.
         "containment": (lambda: _trees(settings, clean, findings), math.inf),
         "descriptors": (lambda: _in_thread(_descriptors), LONGEST),
-        "inotify": (lambda: _inotify(settings), LONGEST),
-        "clock": (lambda: _in_thread(_clock, settings), LONGEST),
-        "agent": (lambda: _program("agent", settings.agent.command, "agent.command"), LONGEST),
-        "index": (lambda: _program("index", settings.index.command, "index.command"), LONGEST),
-        "git": (lambda: _program("git", ("git",), ""), LONGEST),
+        "inotify": (lambda: _inotify(Path("/") if hangs else settings.state_dir, settings), LONGEST),
+        "clock": (lambda: _clocks(None if hangs else settings.state_dir), math.inf),
+        "agent": (lambda: _program("agent", settings.agent.command, "agent.command", masker), LONGEST),
+        "index": (lambda: _program("index", settings.index.command, "index.command", masker), LONGEST),
+        "git": (lambda: _program("git", ("git",), "", masker), LONGEST),
         "redis": (lambda: _redis(settings), LONGEST),
-        "root": (lambda: _in_thread(_root, settings), LONGEST),
+        "root": (lambda: _roots(settings), math.inf),
     }
     if state[0].level == "error":
         del checks["containment"]
@@ -116,10 +127,14 @@ async def guarded(name: str, check: Callable[[], Awaitable[list[Check]]], bound:
             return await check()
         except Exception as error:
             return [Check(name, "error", f"cannot be checked: {type(error).__name__}: {error}", "report this, please")]
-    return [Check(name, "error", f"no answer within {bound:g} s", "look what the file system or program waits for")]
+    return [_no_answer(name, bound)]
 
 
-async def _in_thread(function: Callable[..., list[Check]], *args: object) -> list[Check]:
+def _no_answer(name: str, bound: float) -> Check:
+    return Check(name, "error", f"no answer within {bound:g} s", "look what the file system or program waits for")
+
+
+async def _in_thread(function: Callable[..., T], *args: object) -> T:
     """In a thread that is left behind where it blocks for ever."""
     return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
 
@@ -217,10 +232,10 @@ def _descriptors() -> list[Check]:
     return [Check("descriptors", "warning", text, f"raise it: ulimit -n {min(hard, 4096) if hard > 0 else 4096}")]
 
 
-async def _inotify(settings: Settings) -> list[Check]:
+async def _inotify(directory: Path, settings: Settings) -> list[Check]:
     """Tried, not only counted: instances are counted for each user, also by other programs."""
-    limits = await trio.to_thread.run_sync(machine.inotify_limits, abandon_on_cancel=True)
-    use = await trio.to_thread.run_sync(machine.inotify_use, LOOK, abandon_on_cancel=True)
+    limits = await _in_thread(machine.inotify_limits)
+    use = await _in_thread(machine.inotify_use, LOOK)
     at_least = "" if use.whole else "at least "
     text = "; ".join(
         f"{at_least}{used} of {limit} {what} used"
@@ -234,9 +249,7 @@ async def _inotify(settings: Settings) -> list[Check]:
     if limits.events is not None:
         text += f"; {limits.events} events may wait"
     try:
-        # In a thread: to find the C library, Python may run a program.
-        directory = settings.state_dir if settings.state_dir.is_dir() else Path("/")
-        watching = await trio.to_thread.run_sync(Inotify, directory, abandon_on_cancel=True)
+        watching = await _in_thread(_watch, directory)
     except MissingExtra as error:
         return [Check("inotify", "warning", "a worker has to poll its directory", str(error))]
     except OSError as error:
@@ -253,28 +266,38 @@ async def _inotify(settings: Settings) -> list[Check]:
     return [Check("inotify", "ok", text)]
 
 
-def _clock(settings: Settings) -> list[Check]:
+def _watch(directory: Path) -> Inotify:
+    """Blocks: also, to find the C library, Python may run a program."""
+    return Inotify(directory if directory.is_dir() else Path("/"))
+
+
+async def _clocks(state_dir: Path | None) -> list[Check]:
+    """That of the kernel, and that of the file system of `state_dir`, which may not answer."""
+    checks = await guarded("clock", lambda: _in_thread(_clock), LONGEST)
+    if state_dir is not None:
+        checks += await guarded("clock", lambda: _in_thread(_skew, "state_dir", state_dir), LONGEST)
+    return checks
+
+
+def _clock() -> list[Check]:
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     if time.gmtime().tm_year < YEAR:
         return [Check("clock", "error", f"it says {now} UTC, which is over", "set it: timedatectl set-ntp true")]
     wrong = machine.clock_error()
     if wrong is None:
-        checks = [Check("clock", "ok", f"{now} UTC; whether anything sets it cannot be told here")]
-    elif wrong == math.inf:
+        return [Check("clock", "ok", f"{now} UTC; whether anything sets it cannot be told here")]
+    if wrong == math.inf:
         mend = (
             "run an NTP client (timedatectl set-ntp true, chronyd), on the host of a container; tasks and logs go by it"
         )
-        checks = [Check("clock", "warning", f"{now} UTC; the kernel says that nothing keeps it right", mend)]
-    else:
-        checks = [Check("clock", "ok", f"{now} UTC, right to {wrong:.3f} s")]
-    for name, directory in (("state_dir", settings.state_dir), ("worker.root", settings.worker.root)):
-        if directory is not None and directory.is_dir():
-            checks += _skew(name, directory)
-    return checks
+        return [Check("clock", "warning", f"{now} UTC; the kernel says that nothing keeps it right", mend)]
+    return [Check("clock", "ok", f"{now} UTC, right to {wrong:.3f} s")]
 
 
 def _skew(name: str, directory: Path) -> list[Check]:
     try:
+        if not directory.is_dir():
+            return []
         skew = machine.clock_skew(directory)
     except OSError:
         return []  # another check tells that nothing can be written there
@@ -285,15 +308,15 @@ def _skew(name: str, directory: Path) -> list[Check]:
     return [Check("clock", "warning", text, "let both machines keep their clocks by NTP, or use a local directory")]
 
 
-async def _program(name: str, argv: tuple[str, ...], setting: str) -> list[Check]:
+async def _program(name: str, argv: tuple[str, ...], setting: str, masker: Masker) -> list[Check]:
     """`setting` names it; without one, it is a program that we can do without."""
-    path = shutil.which(argv[0])
+    path = await _in_thread(shutil.which, argv[0])
     if path is None:
         mend = f"install it, or name another by {setting}; the demo needs none"
         if not setting:
             mend = "install it; without it, the files of a workspace are looked at one by one for changes"
         return [Check(name, "warning", f"{argv[0]!r} was not found", mend)]
-    options = TreeOptions(mark="doctor")
+    options = TreeOptions(mark="doctor", masker=masker)  # before anything is cut
     command = Command(argv=(path, *argv[1:], "--version"), cwd="/", env=dict(os.environ))
     try:
         async with open_tree("doctor", StopPolicy(), Hurry(), options=options, emit=lambda event: None) as tree:
@@ -321,14 +344,23 @@ async def _redis(settings: Settings, seconds: float = REDIS_TIMEOUT) -> list[Che
     if scope.cancelled_caught:
         mend = "look whether it runs, and whether a firewall lies between"
         return [Check("redis", "error", f"{address}: no answer within {seconds:g} s", mend)]
-    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", version)
+    numbers = re.match(r"([0-9]{1,6})\.([0-9]{1,6})(\.[0-9]{1,6})*", version)
     if numbers is None:
         mend = "use a Redis of version 6.2 or later"
         return [Check("redis", "warning", f"{address} answers, but does not tell its version", mend)]
-    text = f"{address}: version {numbers.string[:20]}"
+    text = f"{address}: version {numbers[0][:20]}"
     if (int(numbers[1]), int(numbers[2])) < REDIS:
         return [Check("redis", "error", f"{text} is too old", "install version 6.2 or later")]
     return [Check("redis", "ok", text)]
+
+
+async def _roots(settings: Settings) -> list[Check]:
+    """The root of workers, and, if it answers, the clock of its file system."""
+    checks = await guarded("root", lambda: _in_thread(_root, settings), LONGEST)
+    root = settings.worker.root
+    if root is not None and checks != [_no_answer("root", LONGEST)]:
+        checks += await guarded("clock", lambda: _in_thread(_skew, "worker.root", root), LONGEST)
+    return checks
 
 
 def _root(settings: Settings) -> list[Check]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from attrs import asdict, evolve
@@ -12,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from supervise.cli import exit_codes
-from supervise.cli.checks import Check, examine
+from supervise.cli.checks import Check, examine, masker_of
 from supervise.cli.signals import Signals
 from supervise.cli.stdout import put_out
 from supervise.cli.tables import put_table, standard_output
 from supervise.codec import to_json, to_line
-from supervise.secrets import Masker, secret_values
+from supervise.secrets import Masker
 from supervise.settings import Settings
 
 #: Terminals narrower than this get each text below its name.
@@ -39,7 +38,8 @@ async def run(settings: Settings, clean: bool, json: bool, *, console: Console) 
         findings = await examine(settings, clean)
     if signals.ended_by is not None:
         return exit_codes.of_signal(signals.ended_by)
-    checks = [_shown(check, _masker(settings)) for check in findings.checks]
+    masker = masker_of(settings)
+    checks = [_shown(check, masker) for check in findings.checks]
     if json:
         told = {
             "type": "doctor",
@@ -55,11 +55,6 @@ async def run(settings: Settings, clean: bool, json: bool, *, console: Console) 
     if code != exit_codes.COMPLETED:
         return code
     return exit_codes.FAILED if any(check.level == "error" for check in checks) else exit_codes.COMPLETED
-
-
-def _masker(settings: Settings) -> Masker:
-    known = (settings.index.voyage_api_key, settings.redis.url, settings.http.token)
-    return Masker({*filter(None, known), *secret_values(os.environ), *secret_values(settings.agent.env)})
 
 
 def _shown(check: Check, masker: Masker) -> Check:

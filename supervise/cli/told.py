@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO, final
 from rich.console import Console
 from rich.text import Text
 
-from supervise.observe.logs import LOGGER, formatter
+from supervise.observe.logs import LOGGER, CarefulHandler, formatter
 from supervise.secrets import Masker
 from supervise.settings import LogSettings, Settings
 
@@ -48,8 +48,11 @@ class Told(Console):
     @cached_property
     def formatter(self) -> logging.Formatter:
         """Of the log lines. Made for the first one: most commands log nothing, and structlog takes long to load."""
-        colours = not self.as_json and self.is_terminal and not self.no_color
-        return formatter(self._settings, masker=self._masker, colours=colours)
+        return formatter(self._settings, masker=self._masker, colours=self._has_colours)
+
+    @property
+    def _has_colours(self) -> bool:
+        return not self.as_json and self.is_terminal and not self.no_color
 
     def wants(self, style: str) -> bool:
         """Whether lines of this style are to be shown."""
@@ -61,7 +64,8 @@ class Told(Console):
         if self.as_json:
             self.file.write(f"{line}\n")
         else:
-            self.print(Text.from_ansi(line), soft_wrap=True)
+            # With colours, the formatter has left none but its own codes in the line. Else there are none to look for.
+            self.print(Text.from_ansi(line) if self._has_colours else Text(line), soft_wrap=True)
 
     def write_record(self, name: str, text: str, style: str = "", **fields: Any) -> None:
         """What would be shown to people, as a line of the log."""
@@ -102,7 +106,7 @@ def console_for(stream: TextIO, settings: Settings | None, masker: Masker) -> It
     """
     wanted = LogSettings() if settings is None else settings.log
     console = Told(stream, wanted, masker)
-    handler = _Handler(console)
+    handler = _Handler(console, masker)
     if not console.as_json:  # what the index warns of is an event, too, and shown as such
         handler.addFilter(lambda record: record.levelno > logging.WARNING or record.name != f"{LOGGER}.index")
     logger = logging.getLogger(LOGGER)
@@ -117,16 +121,16 @@ def console_for(stream: TextIO, settings: Settings | None, masker: Masker) -> It
 
 
 @final
-class _Handler(logging.Handler):
+class _Handler(CarefulHandler):
     """Log lines on the console."""
 
-    def __init__(self, console: Told) -> None:
-        super().__init__()
+    def __init__(self, console: Told, masker: Masker) -> None:
+        super().__init__(masker)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
         try:
             self._console.log_line(record)
-        except Exception:  # logging's own way: it says what went wrong, and nobody else is harmed
+        except Exception:  # as all handlers do: who logs is not harmed
             self.handleError(record)

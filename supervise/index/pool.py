@@ -26,6 +26,7 @@ from attrs import evolve, frozen
 from supervise.events import Event, IndexChanged
 from supervise.index.lifecycle import State
 from supervise.index.watch import IndexDriver, first_of
+from supervise.log_context import telling_only_of
 from supervise.model import IndexReport, IndexStatus, Survivor
 from supervise.processes.child import ProcessTree
 from supervise.processes.hurry import Hurry
@@ -223,7 +224,9 @@ class SharedWatch:
     def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._nursery.start_soon(self._live, name=f"index of {self.wish.workspace}")
+            # A task inherits what its log lines tell of; the job that happens to open the watch may be gone before it.
+            with telling_only_of(index=self.wish.workspace):
+                self._nursery.start_soon(self._live, name=f"index of {self.wish.workspace}")
 
     @trio.lowlevel.enable_ki_protection
     async def _live(self) -> None:

@@ -79,6 +79,8 @@ def inotify_use(seconds: float, proc: Path = Path("/proc")) -> InotifyUse:
                     continue
                 own = Path(process.path)
                 for number in os.listdir(own / "fd"):
+                    if time.monotonic() > deadline:
+                        return InotifyUse(instances, watches, False)
                     if os.readlink(own / "fd" / number) == "anon_inode:inotify":
                         watches += (own / "fdinfo" / number).read_bytes().count(b"inotify wd:")
                         instances += 1

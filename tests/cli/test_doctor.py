@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -27,11 +29,11 @@ from rich.text import Text
 from supervise.cli import checks as examined
 from supervise.cli import doctor
 from supervise.cli.checks import Check, Findings
-from supervise.cli.redis_server import RedisTrouble, address_of
+from supervise.cli.redis_server import RedisTrouble, address_of, secrets_of
 from supervise.errors import MissingExtra
 from supervise.processes import identity, machine
 from supervise.secrets import Secret
-from supervise.settings import RedisSettings, Settings, WorkerSettings
+from supervise.settings import AgentSettings, IndexSettings, RedisSettings, Settings, WorkerSettings
 from tests.cli.conftest import LIMIT, Cli, Done
 
 #: The agent says that it works, and does for as long as a test may take.
@@ -128,6 +130,19 @@ def test_an_agent_that_answers_is_told_with_its_version(cli: Cli) -> None:
     [check] = checks(cli.do("doctor", "--json"), "agent")
     assert check["level"] == "warning"
     assert "3" in check["text"]
+
+
+async def test_what_a_program_says_is_masked_before_it_is_cut(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nprintf '%s %s\\nmore  of it all' " + "x" * 65 + ' "$MY_TOKEN"\n')
+    program.chmod(0o755)
+    token = "hunter2  secret\nof many words"
+    os.environ["MY_TOKEN"] = token
+    try:
+        [check] = await examined._program("agent", (str(program),), "agent.command", examined.masker_of(Settings()))
+    finally:
+        del os.environ["MY_TOKEN"]
+    assert check.text == f"{program}: {'x' * 65} *** more of it"
 
 
 def test_leftovers_are_told_and_swept(cli: Cli) -> None:
@@ -236,6 +251,57 @@ async def test_checks_that_wait_do_so_together_and_are_told_in_order(
     assert names == ["state", "containment", "descriptors", "inotify", "agent", "index", "git", "redis"]
 
 
+@pytest.mark.parametrize("which", ["state_dir", "worker.root", "agent", "index"])
+async def test_a_file_system_that_hangs_holds_up_its_own_check_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    hanging = tmp_path / "hanging"
+    hanging.mkdir()
+    released = threading.Event()
+    loop = threading.get_ident()
+    crimes = []
+
+    def on(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(hanging)):
+                if threading.get_ident() == loop:
+                    crimes.append(f"{name} on Trio's thread")
+                else:
+                    released.wait(LIMIT)
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    async def trees(*args: object) -> list[Check]:
+        return [Check("containment", "ok", "fine")]
+
+    for name in ("is_dir", "mkdir", "exists", "stat"):
+        on(Path, name)
+    for name in ("access", "statvfs", "stat", "open", "readlink", "lstat"):
+        on(os, name)
+    monkeypatch.setattr(examined, "_trees", trees)
+    monkeypatch.setattr(examined, "LONGEST", 0.7)
+    settings = Settings(
+        state_dir=hanging if which == "state_dir" else tmp_path,
+        worker=WorkerSettings(root=hanging if which == "worker.root" else None),
+        agent=AgentSettings(command=(str(hanging / "a") if which == "agent" else "/bin/true",)),
+        index=IndexSettings(command=(str(hanging / "i") if which == "index" else "/bin/true",)),
+    )
+    monkeypatch.setattr(machine, "inotify_use", lambda seconds: machine.InotifyUse(0, 0, True))
+    try:
+        with trio.fail_after(LIMIT):
+            findings = await examined.examine(settings, False)
+    finally:
+        released.set()
+    own = {"state_dir": "state", "worker.root": "root"}.get(which, which)
+    assert [(check.name, check.text) for check in findings.checks if check.level == "error"] == [
+        (own, "no answer within 0.7 s")
+    ]
+    assert crimes == []
+
+
 def test_little_space_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [check] = examined._state_directory(Settings(state_dir=tmp_path))
     monkeypatch.setattr(examined, "LITTLE_SPACE", 2**62)
@@ -269,10 +335,23 @@ def test_what_is_watched_is_counted(tmp_path: Path) -> None:
     assert not machine.inotify_use(-1, tmp_path).whole
 
 
+def test_a_process_with_many_descriptors_is_not_looked_through_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / str(os.getpid())).symlink_to("/proc/self")
+    now = itertools.count()  # each look at the clock takes a second
+    monkeypatch.setattr(machine.time, "monotonic", lambda: float(next(now)))
+    links = []
+    monkeypatch.setattr(machine.os, "listdir", lambda path: [str(number) for number in range(1000)])
+    monkeypatch.setattr(machine.os, "readlink", lambda path: links.append(path) or "socket:[1]")
+    assert not machine.inotify_use(10, tmp_path).whole
+    assert len(links) < 11
+
+
 async def inotify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limits: tuple[Any, ...], *use: Any) -> Check:
     monkeypatch.setattr(machine, "inotify_limits", lambda: machine.InotifyLimits(*limits))
     monkeypatch.setattr(machine, "inotify_use", lambda seconds: machine.InotifyUse(*use))
-    [check] = await examined._inotify(Settings(state_dir=tmp_path))
+    [check] = await examined._inotify(tmp_path, Settings())
     return check
 
 
@@ -338,11 +417,11 @@ class Library:
         (object(), "ok", "cannot be told here"),
     ],
 )
-def test_whether_the_clock_is_kept_right_is_told(
+async def test_whether_the_clock_is_kept_right_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: object, level: str, text: str
 ) -> None:
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda *args, **kwargs: library)
-    kernel, files = examined._clock(Settings(state_dir=tmp_path))
+    kernel, files = await examined._clocks(tmp_path)
     assert (kernel.level, text in kernel.text, bool(kernel.mend)) == (level, True, level != "ok")
     assert (files.level, files.text) == ("ok", "the file system of state_dir goes by the same time")
 
@@ -352,15 +431,15 @@ def test_the_real_clock_answers() -> None:
     assert wrong is None or wrong >= 0
 
 
-def test_a_clock_of_another_year_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_of_another_year_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     gmtime = time.gmtime
     monkeypatch.setattr(time, "gmtime", lambda *args: gmtime(1.0))
-    [check] = examined._clock(Settings(state_dir=tmp_path))
+    [check] = examined._clock()
     assert check.level == "error"
     assert "1970-01-01" in check.text
 
 
-def test_a_file_system_with_another_clock_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_system_with_another_clock_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = machine.clock_skew
     assert abs(real(tmp_path)) < 1
     assert real(tmp_path, lambda: time.time() - 100) == pytest.approx(100, abs=2)
@@ -368,9 +447,9 @@ def test_a_file_system_with_another_clock_is_a_warning(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
     for shift, text in ((100, "s behind our clock"), (-100, "s ahead of our clock")):
         monkeypatch.setattr(machine, "clock_skew", lambda path, s=shift: real(path, lambda: time.time() + s))
-        worker = WorkerSettings(root=tmp_path)
-        found = examined._clock(Settings(state_dir=tmp_path / "none", worker=worker))[1:]
-        assert [check.level for check in found] == ["warning"]
+        assert len(await examined._clocks(tmp_path / "none")) == 1
+        found = (await examined._roots(Settings(worker=WorkerSettings(root=tmp_path))))[1:]
+        assert [(check.name, check.level) for check in found] == [("clock", "warning")]
         assert text in found[0].text
         assert f"worker.root ({tmp_path}) is 100.0" in found[0].text or "is 99." in found[0].text
 
@@ -425,7 +504,9 @@ class Locked:
 
 
 @asynccontextmanager
-async def server(answer: Callable[[list[str]], bytes | None], path: Path | None = None) -> AsyncIterator[int]:
+async def server(
+    answer: Callable[[list[str]], bytes | None], path: Path | None = None, *, pieces: bool = True
+) -> AsyncIterator[int]:
     """A server of Redis's protocol; its port. `answer` gets a command; `None` from it ends the connection."""
 
     async def serve(stream: trio.abc.Stream) -> None:
@@ -442,8 +523,9 @@ async def server(answer: Callable[[list[str]], bytes | None], path: Path | None 
                     if said is None:
                         await stream.aclose()
                         return
-                    for at in range(0, len(said), 7):  # in pieces
-                        await stream.send_all(said[at : at + 7])
+                    size = 7 if pieces else len(said)
+                    for at in range(0, len(said), size or 1):
+                        await stream.send_all(said[at : at + size])
         except trio.BrokenResourceError:
             return
 
@@ -486,7 +568,15 @@ async def test_a_redis_that_answers_is_told_with_its_version(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("version", "level"),
-    [(b"6.2.0", "ok"), (b"10.0", "ok"), (b"6.0.16", "error"), (b"5.9", "error"), (b"", "warning"), (b"x", "warning")],
+    [
+        (b"6.2.0", "ok"),
+        (b"10.0", "ok"),
+        (b"6.0.16", "error"),
+        (b"5.9", "error"),
+        (b"", "warning"),
+        (b"x", "warning"),
+        ("７.２".encode(), "warning"),
+    ],
 )
 async def test_an_old_redis_is_an_error(version: bytes, level: str) -> None:
     async with server(lambda words: good(words, b"redis_version:" + version)) as port:
@@ -517,6 +607,12 @@ async def test_a_password_that_is_missing_or_wrong_is_told_and_not_shown() -> No
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "answers, but not as a Redis does"),
         (b"$99999999999\r\n", "answers, but not as a Redis does"),
         (b"$-1\r\n", "answers, but not as a Redis does"),
+        (b"$" + b"9" * 5000 + b"\r\n", "answers, but not as a Redis does"),
+        (b"$" + b"9" * 4000 + b"\r\n", "answers, but not as a Redis does"),
+        (b"$0000000004\r\nPONG\r\n", "answers, but not as a Redis does"),
+        (b"$2\r\nPONG\r\n", "answers, but not as a Redis does"),
+        (b"+" + b"x" * 10_000, "answers, but not as a Redis does"),
+        (b"-UNHEARD of\r\n", "refuses PING, but not as a Redis does"),
         (b"$" + "²".encode() + b"\r\n", "answers, but not as a Redis does"),
         (b"\r\n", "answers, but not as a Redis does"),
         (
@@ -541,6 +637,81 @@ async def test_what_a_server_repeats_of_the_password_is_not_shown() -> None:
     async with server(answer) as port:
         check = await redis(f"redis://:{quote(PASSWORD, safe='')}@127.0.0.1:{port}")
     assert check.text == f"127.0.0.1:{port}: PING is refused: ERR not after ***"
+
+
+@pytest.mark.parametrize("user", ["", "quoted/user"])
+async def test_whatever_a_server_repeats_nothing_of_the_address_is_shown(user: str) -> None:
+    quoted = quote(PASSWORD, safe="")
+    answers: dict[str, bytes] = {}
+
+    def answer(said: list[str]) -> bytes:
+        return answers.get(said[0], b"+OK\r\n")
+
+    async with server(answer, pieces=False) as port:
+        url = f"redis://{quote(user, safe='')}:{quoted}@127.0.0.1:{port}/0"
+        settings = Settings(redis=RedisSettings(url=url))
+        masker = examined.masker_of(settings)
+        repeated = (PASSWORD, quoted, quoted.lower(), quote(PASSWORD), url, f"{user}:{quoted}", user or PASSWORD)
+        for command in ("AUTH", "PING", "SELECT", "INFO"):
+            forms = (
+                ["-{} x\r\n", "-ERR not {}\r\n"] if command != "INFO" else ["-ERR {}\r\n", "+redis_version:7.0{}\r\n"]
+            )
+            for words, form in itertools.product(repeated, forms):
+                answers = {command: form.format(words).encode()}
+                [check] = await examined._redis(settings)
+                assert f"127.0.0.1:{port}" in check.text
+                hidden = ("s3cret", "@word", "40word")
+                assert not any(part in check.text + check.mend for part in (*hidden, "quoted"))
+                assert not any(part in masker.text(words) for part in hidden)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h?password=s3cret",
+        "redis://h/0?db=1&PassWord=s3cret",
+        "unix:///s?username=u",
+        "redis://h?pass%77ord=s3cret",
+    ],
+)
+async def test_a_password_behind_the_question_mark_is_refused(url: str) -> None:
+    check = await redis(url)
+    assert (check.level, "redis://USER:PASSWORD@HOST:PORT/0" in check.mend) == ("error", True)
+    assert "s3cret" not in repr(check)
+    if "s3cret" in url:
+        assert Secret("s3cret") in secrets_of(Secret(url))
+
+
+async def test_port_zero_is_refused() -> None:
+    check = await redis("redis://127.0.0.1:0")
+    assert (check.level, "port 0" in check.text, "6379" in check.mend) == ("error", True, True)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://a..b/0", f"redis://{'a' * 70}.x", "rediss://.h", "unix:///tmp/a%00b", f"unix:///tmp/{'a' * 200}"]
+)
+async def test_what_can_be_no_host_or_path_is_told(url: str) -> None:
+    check = await redis(url)
+    assert check.level == "error"
+    assert "redis" in check.mend
+
+
+async def test_a_socket_on_a_file_system_that_hangs_does_not_hold_up_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    real = os.stat
+    loop = threading.get_ident()
+
+    def stat(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if path == "/hanging/socket" and threading.get_ident() != loop:
+            released.wait(LIMIT)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    try:
+        check = await redis("unix:///hanging/socket", seconds=0.1)
+    finally:
+        released.set()
+    assert check.text == "/hanging/socket: no answer within 0.1 s"
 
 
 async def test_a_server_that_never_stops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,6 +803,7 @@ async def test_a_narrow_terminal_shows_the_whole_text(
 ) -> None:
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", str(width))):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("supervise.cli.tables.on_terminal", lambda stream: True)
     found([Check("containment", "warning", "x" * 100 + " and more", "do " + "y" * 50), Check("git", "ok", "fine")])
     assert await doctor.run(Settings(), False, False, console=Console(file=io.StringIO())) == 0
     lines = [Text.from_ansi(line) for line in capfd.readouterr().out.splitlines()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ from typing import Any
 
 import pytest
 import trio
+from rich.color import ColorSystem
 from rich.text import Text
 
 from supervise import JobSpec, LogSettings, MissingExtra, Settings, run_job
+from supervise.cli import told as told_module
 from supervise.cli import view
 from supervise.cli.told import Told, console_for
 from supervise.events import AgentText, StateChanged, published
-from supervise.log_context import AboutFilter, about, telling_of
+from supervise.log_context import AboutFilter, about, telling_of, telling_only_of
 from supervise.observe import logs
 from supervise.secrets import Masker
 
@@ -30,13 +33,23 @@ log = logging.getLogger("supervise.test")
 def written(settings: LogSettings, masker: Masker | None = None) -> Iterator[Callable[[], list[str]]]:
     """What is logged inside, as lines."""
     stream = io.StringIO()
-    level = logging.getLogger("supervise").level
-    handler = logs.configure(settings, stream=stream, masker=masker)
-    try:
+    with apart():
+        logs.configure(settings, stream=stream, masker=masker)
         yield lambda: stream.getvalue().splitlines()
+
+
+@contextmanager
+def apart() -> Iterator[logging.Logger]:
+    """The library's logger, as it is again afterwards. Nothing goes on to pytest, whose reports cannot hold it all."""
+    logger = logging.getLogger("supervise")
+    before = (logger.level, logger.propagate, logger.handlers[:])
+    logger.propagate = False
+    try:
+        yield logger
     finally:
-        logging.getLogger("supervise").removeHandler(handler)
-        logging.getLogger("supervise").setLevel(level)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        logger.handlers[:] = before[2]
 
 
 JSON = LogSettings(format="json")
@@ -63,6 +76,29 @@ def test_a_line_for_people_has_the_same() -> None:
     [line] = lines()
     assert "\x1b" not in line
     assert [word in line for word in ("error", "gone: x", "job_id=j1", "supervise.test", "Z")] == [True] * 5
+
+
+def test_what_begins_anew_tells_nothing_of_the_job() -> None:
+    with written(JSON) as lines, telling_of(job_id="j1", task_id="t1"):
+        with telling_only_of(index="/w"):
+            log.warning("shared")
+        log.warning("own")
+    shared, own = map(json.loads, lines())
+    assert (shared["index"], "job_id" in shared, "task_id" in shared) == ("/w", False, False)
+    assert (own["job_id"], "index" in own) == ("j1", False)
+
+
+@pytest.mark.parametrize("format", ["console", "json"])
+def test_a_filter_of_another_handler_puts_no_empty_names_into_lines(format: Any) -> None:
+    with written(LogSettings(format=format)) as lines:
+        for handler in logging.getLogger("supervise").handlers:
+            handler.addFilter(AboutFilter())
+        log.warning("alone")
+        with telling_of(job_id="j1"):
+            log.warning("in a job")
+    alone, inside = lines()
+    assert [name in alone for name in ("job_id", "task_id", "worker", "index")] == [False] * 4
+    assert ("j1" in inside, "task_id" in inside) == (True, False)
 
 
 def test_outside_of_a_job_there_is_none() -> None:
@@ -116,10 +152,109 @@ def test_json_stays_one_line_whatever_is_logged() -> None:
     assert "x\ny" in second["exception"]
 
 
-def test_a_terminal_is_not_steered() -> None:
-    with written(LogSettings()) as lines, telling_of(task_id="\x1b[2J"):
-        log.warning("\x1b]0;title\x07 %s", "\r\x9b31m")
-    assert "".join(lines()).isprintable()
+#: What steers a terminal, or its reader: ESC, BEL, C1, a link, the direction of writing, and lines that are none.
+ODD = "\x1b[2J \x1b]0;t\x07 \x9b31m \x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \u202e \r \u2028 \x85 \x0b \ud800"
+
+
+def log_odd(words: str) -> None:
+    """In each place where somebody's words may be."""
+    with telling_of(task_id=words):
+        log.warning(
+            "said %s", words, extra={"more": words, "deep": {words: [words]}, f"k{words}": Path(words), "level": words}
+        )
+        logging.getLogger("supervise.x" + words).warning("by name")
+        try:
+            raise ExceptionGroup(words, [ValueError(words)])
+        except ExceptionGroup as error:
+            error.add_note(words)
+            log.exception("it failed", stack_info=True)
+
+
+@pytest.mark.parametrize("format", ["console", "json"])
+def test_a_terminal_is_not_steered(format: Any) -> None:
+    stream = io.StringIO()
+    with apart():
+        logs.configure(LogSettings(format=format), stream=stream)
+        log_odd(ODD)
+        log_odd(ODD.replace("\ud800", ""))  # which is written in another way
+    lines = stream.getvalue().split("\n")
+    assert [line for line in lines if not line.isprintable()] == []
+    assert "ValueError" in stream.getvalue()
+    if format == "json":  # escaped, not lost
+        assert json.loads(lines[0])["more"] == ODD
+
+
+def test_on_a_terminal_colours_are_all_that_gets_there() -> None:
+    words = ODD + "\n2026-01-01T00:00:00Z [error    ] forged"
+    colour = re.compile(r"\x1b\[[0-9;]*m")  # ESC [ 2 J is none
+    for colours in (False, True):
+        stream = io.StringIO()
+        console = told(LogSettings(), stream)
+        console._force_terminal = colours
+        console._color_system = ColorSystem.STANDARD if colours else None
+        assert console.formatter is not None
+        handler = told_module._Handler(console, Masker())
+        with apart() as logger:
+            logger.addHandler(handler)
+            log_odd(words)
+            log_odd("\x1b[2J\x9b31m\u202e")  # nothing in it that structlog would quote it for
+        text = stream.getvalue()
+        assert bool(colour.search(text)) is colours
+        rest = colour.sub("", text)
+        assert [line for line in rest.split("\n") if not line.isprintable()] == []
+        assert not any(line.startswith("2026-01-01") for line in rest.split("\n"))
+
+
+def test_every_line_that_begins_with_a_time_is_one() -> None:
+    forged = "2026-01-01T00:00:00Z [error    ] forged [supervise.job] job_id=other"
+    with written(LogSettings()) as lines:
+        log_odd(f"x\n{forged}\r\n{forged}")
+        log.error("a bug\n%s", "Traceback\n  of it")
+    starts = [line for line in lines() if not line.startswith(" ")]
+    assert len(starts) == 4
+    assert not any(line.startswith("2026-01-01") for line in starts)
+    assert lines()[-3:] == [starts[-1], "    Traceback", "      of it"]
+    assert "a bug [supervise.test]" in starts[-1]
+    assert "\\n2026-01-01" in starts[0]  # in a value: as it is written in a program
+
+
+SECRETS = {
+    "PEM": "-----BEGIN KEY-----\r\nQQ1'\"\tQQ2\x0b\r\nQQ3\r\n-----END KEY-----",
+    "controls": "QQ1\tQQ2\x0b\x1bQQ3\u202eQQ4",
+    "quotes": 'QQ1\'s "QQ2" \\QQ3',
+}
+
+
+@pytest.mark.parametrize("format", ["console", "json"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_with_line_ends_or_quotes_is_masked_everywhere(format: Any, name: str) -> None:
+    stream = io.StringIO()
+    with apart():
+        logs.configure(LogSettings(format=format), stream=stream, masker=Masker([SECRETS[name]]))
+        log_odd(SECRETS[name])
+    assert stream.getvalue().count("***") >= 8
+    assert "QQ" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("trouble", ["full", "arguments", "bug"])
+def test_what_cannot_be_written_is_told_once_and_not_repeated(
+    trouble: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    stream = io.StringIO()
+
+    def refuse(text: str) -> int:
+        raise OSError(28, f"hunter2secret {text}") if trouble == "full" else RuntimeError(text)
+
+    if trouble != "arguments":
+        stream.write = refuse  # type: ignore[method-assign]  # of this one
+    with apart():
+        logs.configure(JSON, stream=stream, masker=Masker(["hunter2secret"]))
+        for _ in range(3):
+            log.warning("hunter2secret %d", "hunter2secret" if trouble == "arguments" else 1)
+    kinds = {"full": "OSError, No space left on device", "arguments": "TypeError", "bug": "RuntimeError"}
+    told = f"supervise: a line of the log could not be written ({kinds[trouble]}); no more is told of such\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_handler_of_ones_own_gets_the_job() -> None:
@@ -226,6 +361,9 @@ def test_a_console_that_cannot_be_written_harms_nobody(capfd: pytest.CaptureFixt
         def write(self, text: str) -> int:
             raise OSError(5, "Input/output error")
 
-    with console_for(Broken(), Settings(log=JSON), Masker()):
-        log.warning("lost")
-    assert "Input/output error" in capfd.readouterr().err
+    with apart(), console_for(Broken(), Settings(log=JSON), Masker()):
+        log.warning("lost hunter2")
+        log.warning("lost hunter2")
+    told = capfd.readouterr().err
+    assert told.count("Input/output error") == 1
+    assert "hunter2" not in told

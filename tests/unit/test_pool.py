@@ -12,6 +12,7 @@ from attrs import evolve
 from supervise.events import IndexChanged, IndexOutput
 from supervise.index.watch import NOT_ALONE, IndexDriver
 from supervise.job.turns import Turns
+from supervise.log_context import about, telling_of
 from supervise.model import ExitStatus, IndexStatus
 from supervise.secrets import Masker
 from supervise.settings import IndexSettings
@@ -358,3 +359,20 @@ def test_bad_is_known() -> None:
     )
     assert outcome(played) == (["watching", IndexStatus.FAILED.value], True)
     assert set(played.disk.names) == {"j0", "j1"}
+
+
+def test_the_watch_logs_under_its_workspace_and_under_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+    run = IndexDriver.run
+
+    async def told_run(driver: IndexDriver) -> None:
+        seen.append(dict(about()))
+        await run(driver)
+        seen.append(dict(about()))  # the job that opened the watch is gone by now
+
+    monkeypatch.setattr(IndexDriver, "run", told_run)
+    with telling_of(job_id="opener", task_id="t1", worker="w1"):
+        played = town(JobPlan(agent=5), JobPlan(at=2, agent=30))
+        assert about()["job_id"] == "opener"
+    assert outcome(played) == (["watching", "watch_terminated"], False)
+    assert seen == [{"index": "/w"}] * 2
