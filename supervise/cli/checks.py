@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -143,12 +145,13 @@ def _state_directory(settings: Settings) -> list[Check]:
     directory = settings.state_dir
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        problem = None if os.access(directory, os.W_OK | os.X_OK) else "no right to write there"
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x" * 4096)
     except OSError as error:
-        problem = error.strerror or type(error).__name__
-    if problem is not None:
         mend = "set state_dir (SUPERVISE_STATE_DIR) to one of yours"
-        return [Check("state", "error", f"{directory}: {problem}", mend)]
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            mend = "make room there, or set state_dir (SUPERVISE_STATE_DIR) to another directory"
+        return [Check("state", "error", f"{directory}: {error.strerror or type(error).__name__}", mend)]
     space = os.statvfs(directory)
     free = space.f_bavail * space.f_frsize
     text = f"{directory} can be written; {free / 2**30:.1f} GiB are free"
@@ -188,13 +191,17 @@ def _swept(report: SweepReport) -> Check:
     if not report.supervisors:
         return Check("leftovers", "ok", "no supervisor has left anything")
     found = ", ".join(f"{each.pid} ({each.command})" for each in report.found)
-    text = f"{report.supervisors} killed supervisors, {len(report.found)} processes"
+    text = f"{_count(report.supervisors, 'killed supervisor')}, {_count(len(report.found), 'process', 'es')}"
     text += f" ended: {found}" if found else ""
     text += f"; {report.groups} cgroups removed" if report.groups else ""
     if not report.survivors:
         return Check("leftovers", "ok", text)
     lives = "; ".join(f"{each.pid} ({each.command}): {each.reason}" for each in report.survivors)
     return Check("leftovers", "error", f"{text}; still alive: {lives}", "end them as their user, or as root")
+
+
+def _count(number: int, what: str, more: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else more}"
 
 
 async def _containment(settings: Settings, findings: Findings) -> list[Check]:
@@ -229,7 +236,11 @@ def _descriptors() -> list[Check]:
         return [Check("descriptors", "ok", "any number of open files")]
     if jobs >= 20:
         return [Check("descriptors", "ok", text)]
-    return [Check("descriptors", "warning", text, f"raise it: ulimit -n {min(hard, 4096) if hard > 0 else 4096}")]
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+    mend = f"raise it: ulimit -n {wanted}"
+    if wanted <= soft:
+        mend = "only root can raise it: LimitNOFILE= of a service of systemd, or /etc/security/limits.conf"
+    return [Check("descriptors", "warning", text, mend)]
 
 
 async def _inotify(directory: Path, settings: Settings) -> list[Check]:
@@ -315,18 +326,24 @@ async def _program(name: str, argv: tuple[str, ...], setting: str, masker: Maske
         mend = f"install it, or name another by {setting}; the demo needs none"
         if not setting:
             mend = "install it; without it, the files of a workspace are looked at one by one for changes"
-        return [Check(name, "warning", f"{argv[0]!r} was not found", mend)]
+        # An absolute name is not looked for.
+        there = await _in_thread(os.path.exists, argv[0]) if "/" in argv[0] else False
+        problem = "is not executable" if there else "was not found"
+        return [Check(name, "warning", f"{argv[0]!r} {problem}", mend)]
     options = TreeOptions(mark="doctor", masker=masker)  # before anything is cut
     command = Command(argv=(path, *argv[1:], "--version"), cwd="/", env=dict(os.environ))
     try:
         async with open_tree("doctor", StopPolicy(), Hurry(), options=options, emit=lambda event: None) as tree:
             child = await tree.spawn(command)
-            with trio.move_on_after(VERSION_TIMEOUT):
+            with trio.move_on_after(VERSION_TIMEOUT) as scope:
                 await child.wait()
                 await child.drained()
     except SuperviseError as error:
         return [Check(name, "error", str(error), f"name another by {setting}" if setting else "install it anew")]
     said = " ".join(child.tails()[0].split())[:80]
+    if scope.cancelled_caught:
+        problem = f"{path} --version did not answer within {VERSION_TIMEOUT:g} s"
+        return [Check(name, "warning", problem, "run it by hand")]
     if child.status is None or not child.status.ok:
         return [Check(name, "warning", f"{path} --version did not answer well ({child.status})", "run it by hand")]
     return [Check(name, "ok", f"{path}: {said}" if said else path)]

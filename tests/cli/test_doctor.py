@@ -145,6 +145,42 @@ async def test_what_a_program_says_is_masked_before_it_is_cut(tmp_path: Path) ->
     assert check.text == f"{program}: {'x' * 65} *** more of it"
 
 
+async def test_a_program_that_is_there_and_no_program_is_told_as_that(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.touch()
+    parts = ("agent.command", examined.masker_of(Settings()))
+    [check] = await examined._program("agent", (str(program),), *parts)
+    assert check.text == f"{str(program)!r} is not executable"
+    [check] = await examined._program("agent", (str(tmp_path / "other"),), *parts)
+    assert check.text == f"{str(tmp_path / 'other')!r} was not found"
+
+
+async def test_a_program_that_does_not_answer_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexec sleep 30\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(examined, "VERSION_TIMEOUT", 0.1)
+    [check] = await examined._program("agent", (str(program),), "agent.command", examined.masker_of(Settings()))
+    assert (check.level, check.text) == ("warning", f"{program} --version did not answer within 0.1 s")
+
+
+def test_a_limit_that_nobody_but_root_can_raise_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examined.resource, "getrlimit", lambda which: (128, 128))
+    [check] = examined._descriptors()
+    assert "LimitNOFILE=" in check.mend
+    assert "ulimit" not in check.mend
+
+
+def test_a_full_disk_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(examined.tempfile, "TemporaryFile", full)
+    [check] = examined._state_directory(Settings(state_dir=tmp_path))
+    assert (check.level, check.mend[:9]) == ("error", "make room")
+    assert "No space left" in check.text
+
+
 def test_leftovers_are_told_and_swept(cli: Cli) -> None:
     agent = abandoned(cli)
     before = identity.read(agent)
