@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json as json_module
 import os
 import stat
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, TypeVar, TypeVarTuple
 
 import trio
 from attrs import frozen
@@ -26,14 +27,17 @@ from supervise.cli.view import COLOURS, say, tell
 from supervise.codec import loads, rfc3339, to_line
 from supervise.dispatch.submit import job_id_of, workers_of
 from supervise.errors import BadInput, SettingsError, SuperviseError
+from supervise.job.directory import RESULT
 from supervise.job.event_log import EVENTS
 from supervise.job.heartbeat import HEARTBEAT
-from supervise.job.nursery import RESULT
 from supervise.model import JOB_ID
 from supervise.observe.timeline import Lane, Span, Timeline, clock, timeline_of, to_json
 from supervise.observe.timeline_svg import svg as svg_of
 from supervise.observe.timeline_svg import tick_label, ticks
 from supervise.settings import Settings
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 STDOUT: Final = 1
 
@@ -49,6 +53,8 @@ MOST_ROWS: Final = 4
 
 #: A longer line is none of an event log. Bytes.
 LINE: Final = 4 * 1024 * 1024
+#: A longer result is none, either. Bytes.
+LONGEST_RESULT: Final = 64 * 1024 * 1024
 #: Job ids among which nearly right ones are looked for, the newest ones.
 NEAR: Final = 2000
 
@@ -71,8 +77,8 @@ async def run(settings: Settings, job: str, svg: Path | None, json: bool, *, con
         raise SettingsError("--json and --svg - both want standard output; give --svg a file")
     jobs = settings.state_dir / "jobs"
     try:
-        directory = await trio.to_thread.run_sync(_directory_of, settings, jobs, job)
-        timeline = await trio.to_thread.run_sync(lambda: timeline_of(_events(directory / EVENTS)))
+        directory = await _reading(_directory_of, settings, jobs, job)
+        timeline = await _reading(lambda: timeline_of(_events(directory / EVENTS)))
     except OSError as error:
         raise SuperviseError(f"the event log cannot be read: {error.filename or jobs}: {error.strerror}") from None
     if directory.name != job:
@@ -87,8 +93,13 @@ async def run(settings: Settings, job: str, svg: Path | None, json: bool, *, con
     elif svg is None:
         code = await _put_out(_drawn(timeline))
     if timeline.ended is None and code == exit_codes.COMPLETED:
-        tell(console, f"supervise: {await trio.to_thread.run_sync(_why_no_end, directory)}", "yellow")
+        tell(console, f"supervise: {await _reading(_why_no_end, directory)}", "yellow")
     return code
+
+
+async def _reading(read: Callable[[*Ts], T], *args: *Ts) -> T:
+    """`read(*args)` in a thread. Cancelling waits for nothing: a thread that only reads may be left alone."""
+    return await trio.to_thread.run_sync(read, *args, abandon_on_cancel=True)
 
 
 async def _save(timeline: Timeline, svg: Path, console: Console) -> int:
@@ -182,7 +193,7 @@ def _names(jobs: Path) -> list[str]:
 
 def _events(path: Path) -> Iterator[object]:
     """What its lines hold. The last one may be torn; and a line too long is passed over."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         while line := file.readline(LINE):
             if not line.endswith(b"\n") and len(line) == LINE:
                 while (rest := file.readline(LINE)) and not rest.endswith(b"\n"):
@@ -194,18 +205,40 @@ def _events(path: Path) -> Iterator[object]:
                 continue
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A file that a job has made: no link, and nothing that could keep its reader waiting. Raises OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.EINVAL, "it is a link; a job makes none", str(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return open(descriptor, "rb")
+
+
 def _why_no_end(directory: Path) -> str:
     """Of a job whose log has no end."""
     try:
-        result = loads((directory / RESULT).read_bytes())
-        outcome = str(result["outcome"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    else:
+        with _opened(directory / RESULT) as file:
+            outcome = str(loads(file.read(LONGEST_RESULT))["outcome"])
         return f"the job has ended ({json_module.dumps(outcome)[1:-1]}), but its event log ends before"
-    signs = [path.stat().st_mtime for path in (directory / EVENTS, directory / HEARTBEAT) if path.exists()]
-    ago = f"; its last sign of life was {clock(max(0.0, time.time() - max(signs)))} ago" if signs else ""
-    return f"the job has not ended: it runs, or its supervisor was killed{ago}"
+    except FileNotFoundError:
+        times = [_written(directory / name) for name in (EVENTS, HEARTBEAT)]
+        signs = [each for each in times if each is not None]
+        ago = f"; its last sign of life was {clock(max(0.0, time.time() - max(signs)))} ago" if signs else ""
+        return f"the job has not ended: it runs, or its supervisor was killed{ago}"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return f"the event log has no end, and what should tell how the job ended cannot be read: {directory / RESULT}"
+
+
+def _written(path: Path) -> float | None:
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return None
 
 
 # --- the drawing -------------------------------------------------------------------------------------------
@@ -270,6 +303,8 @@ def _head(timeline: Timeline) -> Text:
         text.append(f"\n{timeline.detail}")
     if timeline.left_out:
         text.append(f"\n{timeline.left_out} events are not in its log, for its size", "yellow")
+    if timeline.not_kept:
+        text.append(f"\n{timeline.not_kept} marks and spans of its log are too many to be drawn", "yellow")
     return text
 
 
@@ -374,5 +409,5 @@ def _table(timeline: Timeline, *, roomy: bool) -> tuple[Table, int]:
         table.add_column("", overflow="fold")
     for _, (name, what, since, until, length, detail), colour in rows[:MOST_LINES]:
         shown = (since, until, length, detail) if roomy else (since, length or until)
-        table.add_row(name, Text(what, colour), *(Text(each) for each in shown))
+        table.add_row(Text(name), Text(what, colour), *(Text(each) for each in shown))
     return table, len(rows) - len(rows[:MOST_LINES])

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar, final
 
 import attrs
+import orjson
 import trio
 from attrs import evolve
 
@@ -28,6 +29,9 @@ log = logging.getLogger("supervise.job")
 
 #: How deep the payload of an event is masked; what is nested deeper is hidden whole.
 LEVELS = 100
+
+#: The fields of events that hold JSON data.
+PAYLOADS = ("raw", "input")
 
 E = TypeVar("E", bound=AgentEvent)
 
@@ -68,7 +72,6 @@ class AgentSide:
         self._on_start = on_start
         self._clock = trio.CancelScope()
         self._report: AgentReport | None = None
-        self._in_process = True  # until it opens a tree
         self._returned = False
         self._cancelled = False
         self._stopping = False
@@ -82,7 +85,6 @@ class AgentSide:
 
     def tree(self) -> AbstractAsyncContextManager[Tree]:
         """See `AgentRun.tree`."""
-        self._in_process = False
         return self._open_tree("agent", self._policy, self._hurry)
 
     def started(self, pid: int | None = None) -> None:
@@ -162,27 +164,50 @@ class AgentSide:
         return Outcome.CANCELLED, _with(report, f"cancelled: {cancelled}")
 
     def _masked(self, event: E) -> E:
-        """What comes through a pipe is masked there; texts of the agent's own are masked here."""
+        """An event without secrets. A pipe has masked what was printed, but JSON can spell a secret in many ways."""
         changes: dict[str, Any] = {}
         for attribute in attrs.fields(type(event)):
             value = getattr(event, attribute.name)
-            if self._in_process or isinstance(value, str):
-                masked = self._mask_all(value, LEVELS)
-                if masked != value:
-                    changes[attribute.name] = masked
+            payload = attribute.name in PAYLOADS
+            if payload and self._is_clean(value):
+                continue
+            masked = self._mask_all(value, LEVELS, payload=payload)
+            if masked is not value and masked != value:
+                changes[attribute.name] = masked
         return evolve(event, **changes) if changes else event
 
-    def _mask_all(self, value: Any, levels: int) -> Any:
+    def _is_clean(self, payload: Any) -> bool:
+        """Whether it is JSON without secrets, as most are: to look at it as one text costs far less than to walk it."""
+        try:
+            text = orjson.dumps(payload).decode()
+        except (TypeError, ValueError):  # no JSON, or JSON of an odd kind
+            return False
+        return self._mask(text) == text
+
+    def _mask_all(self, value: Any, levels: int, *, payload: bool) -> Any:
+        """`value` masked. In a payload, what is no JSON becomes text."""
         if isinstance(value, str):
             return self._mask(value)
-        if not isinstance(value, Mapping | list | tuple):
+        if value is None or isinstance(value, int | float):
             return value
+        if not isinstance(value, Mapping | list | tuple | set | frozenset):
+            return self._mask(_text_of(value)) if payload else value
         if levels == 0:
             return MASK
         if isinstance(value, Mapping):
-            return {self._mask_all(name, levels - 1): self._mask_all(item, levels - 1) for name, item in value.items()}
-        items = [self._mask_all(item, levels - 1) for item in value]
-        return items if isinstance(value, list) else tuple(items)
+            return {
+                self._mask_key(key, levels, payload=payload): self._mask_all(item, levels - 1, payload=payload)
+                for key, item in value.items()
+            }
+        items = [self._mask_all(item, levels - 1, payload=payload) for item in value]
+        if isinstance(value, tuple):
+            return tuple(items)
+        return items if payload or isinstance(value, list) else frozenset(items)
+
+    def _mask_key(self, key: Any, levels: int, *, payload: bool) -> Any:
+        if payload and not isinstance(key, str):
+            return self._mask(_text_of(key))
+        return self._mask_all(key, levels - 1, payload=payload)
 
     def _wind_clock(self) -> None:
         if not self._stopping:
@@ -214,6 +239,14 @@ def plain(error: BaseException) -> BaseException:
 def told(error: BaseException) -> str:
     """The traceback, for a log. To be masked: an exception's text may hold anything."""
     return "".join(traceback.format_exception(error))
+
+
+def _text_of(value: object) -> str:
+    """What is no JSON, as text. An agent of the caller's own may hand out anything."""
+    try:
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    except Exception:
+        return MASK
 
 
 def _with(report: AgentReport, error: str | None) -> AgentReport:

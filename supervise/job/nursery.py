@@ -37,6 +37,7 @@ from supervise.index.cidx import INDEX_DIRECTORY
 from supervise.index.pool import Guest, Lease, WatchPool, Wish
 from supervise.index.watch import Index, NoIndex
 from supervise.job.agent_side import AgentSide, plain, told
+from supervise.job.directory import RESULT
 from supervise.job.environment import agent_environment, index_environment
 from supervise.job.event_log import EVENTS, EventLog
 from supervise.job.handle import Job, JobState
@@ -55,9 +56,6 @@ log = logging.getLogger("supervise.job")
 
 #: Shorter values of secret-like names that no child is given are not masked.
 LONG_ENOUGH = 8
-
-#: The file, in the job's directory.
-RESULT = "result.json"
 
 BY_SCOPE = "the caller's scope was cancelled"
 

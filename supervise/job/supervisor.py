@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import final
 
 import trio
@@ -16,11 +16,10 @@ from supervise.index.outfit import RealOutfit
 from supervise.index.pool import WatchPool
 from supervise.job import nursery as job_nursery
 from supervise.job.agent_side import plain
-from supervise.job.event_log import EVENTS
+from supervise.job.directory import JobDirectory, occupy
 from supervise.job.handle import Job
-from supervise.job.heartbeat import HEARTBEAT
 from supervise.job.threads import in_thread
-from supervise.job.tidy import Tidy, prepare
+from supervise.job.tidy import Tidy
 from supervise.job.turns import Turn, Turns
 from supervise.log_context import telling_of
 from supervise.model import JobResult, JobSpec, SweepReport
@@ -81,9 +80,9 @@ class Supervisor:
             The job, when its agent is spawned; or when it has ended without (a spawn failure is in its result).
 
         Raises:
-            SpecError: a job of this id is running.
+            SpecError: a job of this id is running, here or in another process.
             SettingsError: the state directory cannot be written.
-            SuperviseError: the supervisor's block was left.
+            SuperviseError: the supervisor's block was left, or no descriptor is free.
 
         Cancelling cancels the job, and waits for its teardown.
         """
@@ -114,31 +113,41 @@ class Supervisor:
             await _outlast([job])
             raise
 
+    @trio.lowlevel.enable_ki_protection
     def _launch(self, spec: JobSpec) -> Job:
         if self._closed:
             raise SuperviseError(f"job {spec.job_id} cannot start: the block of its supervisor was left; open another")
         if spec.job_id in self._jobs:
             raise SpecError(f"JobSpec.job_id is {spec.job_id!r}, but a job of this id is running; choose another")
-        directory = self.settings.state_dir / "jobs" / spec.job_id
-        try:
-            prepare(directory, (job_nursery.RESULT, HEARTBEAT, EVENTS))  # without those of an earlier job of this id
-        except OSError as error:
-            raise _unwritable(self.settings, error) from error
-        job = Job(spec)
-        self._jobs[spec.job_id] = job
         with_index = job_nursery.wants_index(self.settings, spec)
         workspace = os.path.realpath(spec.workspace)
+        job = self._jobs[spec.job_id] = Job(spec)  # from here on, our tidy lets its directory be
+        try:
+            directory = self._occupied(spec)
+        except BaseException:
+            del self._jobs[spec.job_id]
+            raise
         turn = self._turns.ask(lambda: not (with_index and self._watches.is_closing(workspace)))
         self._nursery.start_soon(self._run, job, directory, turn, with_index, name=f"supervise job {spec.job_id}")
         return job
 
+    def _occupied(self, spec: JobSpec) -> JobDirectory:
+        try:
+            return occupy(self.settings.state_dir / "jobs" / spec.job_id)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                why = f"{error.strerror}, and each job holds one; start fewer at a time, or raise the limit (ulimit -n)"
+                raise SuperviseError(f"job {spec.job_id} cannot start: {why}") from error
+            raise _unwritable(self.settings, error) from error
+
     @trio.lowlevel.enable_ki_protection
-    async def _run(self, job: Job, directory: Path, turn: Turn, with_index: bool) -> None:
+    async def _run(self, job: Job, directory: JobDirectory, turn: Turn, with_index: bool) -> None:
         try:
             shared = job_nursery.Shared(self.settings, self._containments, self._watches)
             with telling_of(job_id=job.job_id):
-                await job_nursery.run(job, shared, directory, turn, with_index=with_index)
+                await job_nursery.run(job, shared, directory.path, turn, with_index=with_index)
         finally:
+            directory.release()
             del self._jobs[job.job_id]
 
 

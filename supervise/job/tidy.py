@@ -1,40 +1,43 @@
 """The directories of jobs that have ended: removed when they are too old, or too much. Beside the jobs, in a thread.
 
-    running, or killed    no result.json: judged by the newest file, which every heartbeat writes anew
+    a job lives           it has locked its directory (see `directory`), which stays
     ended                 judged by the time of its result.json
+    killed                no result.json: judged by the newest file, which every heartbeat has written anew
+    not a job's           holds anything that jobs do not make, or nothing that tells of one: stays for good
 
-A directory that goes is first renamed to a hidden name, looked at again, and given back if it was used meanwhile.
+A directory that goes is locked, judged again, and renamed to a hidden name; then its files are unlinked, one by one.
 What a killed tidy has left under hidden names goes the next time. A stamp keeps the processes of this state
 directory from looking more often than every ten minutes, all together.
 
-All is done relative to one descriptor of the directory, and no link is followed.
+All is done relative to one descriptor of the directory; no link is followed, and nothing below a directory is entered.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import re
 import secrets
-import shutil
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final, final
+from typing import Final, TypeVar, final
 
 import trio
 from attrs import frozen
 
-from supervise import durable
+from supervise.job.directory import MADE_BY_JOBS, OPEN, RESULT, SIGNS, is_at, lock
 from supervise.model import JOB_ID
 
 log = logging.getLogger("supervise.job")
 
 #: Seconds between two looks.
 EVERY: Final = 600.0
-#: Who has written nothing for so long is no job under way. Seconds.
+#: Who has no result and has written something within this time is let be: without locks, it may live. Seconds.
 QUIET: Final = 3600.0
 
 #: Touched by each look; in the directory of the jobs.
@@ -42,25 +45,9 @@ STAMP: Final = ".tidied"
 #: The beginning of the hidden names.
 REMOVED: Final = ".removed-"
 
-RESULT: Final = "result.json"
+T = TypeVar("T")
 
-
-def prepare(directory: Path, old: Iterable[str]) -> None:
-    """Make the directory of a job that is about to begin, without the files named `old`, so that no tidy takes it.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    for _ in range(10):
-        durable.make_private(directory)
-        for name in old:
-            (directory / name).unlink(missing_ok=True)
-        try:
-            os.utime(directory)  # a tidy that has judged it by now sees that it is in use
-            return
-        except FileNotFoundError:  # taken away at this very moment: once more
-            continue
-    os.utime(directory)
+_HIDDEN: Final = re.compile(re.escape(REMOVED) + "[0-9a-f]{16}")
 
 
 @final
@@ -83,93 +70,104 @@ class Tidy:
         self._stopped = threading.Event()
         self._trouble = 0
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Look now, and every ten minutes. Trouble is logged. To be ended by `stop`."""
         limiter = trio.CapacityLimiter(1)  # no thread that a job could wait for
         with self._scope:
             while True:
                 try:
-                    await trio.to_thread.run_sync(self.look, limiter=limiter)
+                    # A thread that is abandoned has only descriptors of its own, and ends after the file that it is
+                    # at. A disk that hangs shall hold up nobody who leaves.
+                    await trio.to_thread.run_sync(self.look, limiter=limiter, abandon_on_cancel=True)
                 except Exception as error:
-                    log.warning("the logs of old jobs in %s cannot be removed: %s", self._jobs, error)
+                    log.warning("the logs of old jobs in %s cannot be removed: %s", self._jobs, _why(error))
                 await trio.sleep(EVERY)
 
     def stop(self) -> None:
-        """End `run`; a look under way ends after the directory that it is at."""
+        """End `run`; a look under way ends after the file that it is at."""
         self._stopped.set()
         self._scope.cancel()
 
     def look(self) -> None:
-        """Remove what is to go, if nobody has looked of late. Blocks."""
+        """Remove what is to go, if nobody has looked of late. Blocks.
+
+        Raises:
+            OSError: the directory of the jobs cannot be opened, is a link, or belongs to another user.
+        """
         try:
-            top = os.open(self._jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            top = os.open(self._jobs, OPEN)
         except FileNotFoundError:  # no job yet
             return
-        self._trouble = 0
         try:
+            if os.fstat(top).st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "it belongs to another user")
             if _is_due(top):
                 self._tidy(top, time.time())
         finally:
             os.close(top)
 
     def _tidy(self, top: int, now: float) -> None:
+        self._trouble = 0
+        names = sorted(os.listdir(top))  # the oldest first: ids begin with a time, for most
         young: list[Found] = []
-        for name in self._names(top):
-            with self._told(name):
-                if name.startswith(REMOVED):
-                    _drop_left(top, name, now)
-                elif (found := _judge(top, name)) is not None:
-                    if now - found.since <= self._max_age:
-                        young.append(found)
-                    elif not self._is_running(name):
-                        self._remove(top, found)
-        sizes: dict[str, int] = {}
-        for found in young:
-            if self._stopped.is_set():
-                return
-            with self._told(found.name):
-                sizes[found.name] = _size(top, found.name)
-        total = sum(sizes.values())
-        for found in sorted(young, key=lambda each: each.since):
-            if total <= self._max_bytes or self._stopped.is_set():
-                return
-            quiet = found.ended or now - found.since > QUIET
-            if not sizes.get(found.name) or not quiet or self._is_running(found.name):
-                continue
-            with self._told(found.name):
-                if self._remove(top, found):
-                    total -= sizes[found.name]
+        for name in self._until_stopped(name for name in names if JOB_ID.fullmatch(name)):
+            with self._one_by_one(name), _opened(top, name) as directory:
+                found = _judge(name, directory, now)
+                if found is None:
+                    continue
+                if now - found.since <= self._max_age or not found.is_quiet(now):
+                    young.append(found)
+                else:
+                    self._remove(top, directory, found, now)
+        total = sum(found.size for found in young)
+        for found in self._until_stopped(sorted(young, key=lambda each: each.since)):
+            if total <= self._max_bytes:
+                break
+            if found.size and found.is_quiet(now):
+                with self._one_by_one(found.name), _opened(top, found.name) as directory:
+                    if self._remove(top, directory, found, now):
+                        total -= found.size
+        for name in self._until_stopped(name for name in names if _HIDDEN.fullmatch(name)):
+            with self._one_by_one(name), _opened(top, name) as directory:
+                if lock(directory) and _files(directory) is not None:
+                    self._empty(top, directory, name)
 
-    def _names(self, top: int) -> Iterator[str]:
-        """The oldest first: ids begin with a time, for most."""
-        for name in sorted(os.listdir(top)):
+    def _until_stopped(self, items: Iterable[T]) -> Iterator[T]:
+        for item in items:
             if self._stopped.is_set():
                 return
-            if name.startswith(REMOVED) or JOB_ID.fullmatch(name):
-                yield name
+            yield item
 
     @contextlib.contextmanager
-    def _told(self, name: str) -> Iterator[None]:
+    def _one_by_one(self, name: str) -> Iterator[None]:
         """Trouble with one directory is told, once a look, and keeps no other from its end."""
         try:
             yield
-        except FileNotFoundError:  # another process tidies, too
+        except (FileNotFoundError, NotADirectoryError):  # another process tidies, too; or it is no directory of ours
             pass
-        except OSError as error:
+        except Exception as error:
             self._trouble += 1
             if self._trouble == 1:
-                log.warning("the logs of job %s in %s cannot be removed: %s", name, self._jobs, error.strerror)
+                log.warning("the logs of job %s in %s cannot be removed: %s", name, self._jobs, _why(error))
 
-    def _remove(self, top: int, found: Found) -> bool:
+    def _remove(self, top: int, directory: int, found: Found, now: float) -> bool:
+        """Whether it is gone. Not if its job lives, or one of the same id has begun meanwhile."""
+        if self._is_running(found.name) or not lock(directory):
+            return False
+        if not is_at(found.name, directory, top) or _judge(found.name, directory, now) != found:
+            return False
         hidden = f"{REMOVED}{secrets.token_hex(8)}"
         os.rename(found.name, hidden, src_dir_fd=top, dst_dir_fd=top)
-        again = _judge(top, hidden)
-        if again is None or again.state != found.state:  # a job of this id has begun meanwhile
-            with contextlib.suppress(FileExistsError):  # and made itself another one
-                durable.rename_new(Path(f"/proc/self/fd/{top}/{hidden}"), Path(f"/proc/self/fd/{top}/{found.name}"))
-                return False
-        shutil.rmtree(hidden, dir_fd=top)
+        self._empty(top, directory, hidden)
         return True
+
+    def _empty(self, top: int, directory: int, hidden: str) -> None:
+        for name in os.listdir(directory):
+            if self._stopped.is_set():
+                return  # the rest goes the next time
+            os.unlink(name, dir_fd=directory)
+        os.rmdir(hidden, dir_fd=top)
 
 
 @frozen
@@ -178,52 +176,63 @@ class Found:
 
     Attributes:
         name: its id.
+        inode: of the directory.
         ended: whether there is a result.
         since: when it ended; without a result, when it last wrote anything. Seconds since the epoch.
-        state: changes with each change of what was looked at.
+        size: of its files, in bytes.
     """
 
     name: str
+    inode: int
     ended: bool
     since: float
-    state: tuple[int, ...]
+    size: int
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether it may go, should nobody hold its lock."""
+        return self.ended or now - self.since > QUIET
 
 
-def _judge(top: int, name: str) -> Found | None:
-    """`None` for what is no directory of ours."""
-    itself = os.stat(name, dir_fd=top, follow_symlinks=False)
-    if not stat.S_ISDIR(itself.st_mode) or itself.st_uid != os.geteuid():
+def _judge(name: str, directory: int, now: float) -> Found | None:
+    """`None` for what is no directory of ours, or of no job."""
+    itself = os.fstat(directory)
+    files = _files(directory)
+    if files is None or (files and files.keys().isdisjoint(SIGNS)):
         return None
-    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=top)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            result = os.stat(RESULT, dir_fd=directory, follow_symlinks=False)
-            state = (itself.st_ino, itself.st_mtime_ns, result.st_ino, result.st_mtime_ns)
-            return Found(name, True, result.st_mtime, state)
-        newest = itself.st_mtime_ns
-        for entry in os.listdir(directory):
+    result = files.get(RESULT)
+    times = [_time(result, now)] if result else [_time(each, now) for each in (itself, *files.values())]
+    size = sum(each.st_size for each in files.values())
+    return Found(name, itself.st_ino, result is not None, max(times), size)
+
+
+def _files(directory: int) -> dict[str, os.stat_result] | None:
+    """The files in it; `None` if anything in it is not as jobs make it."""
+    files: dict[str, os.stat_result] = {}
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not MADE_BY_JOBS.fullmatch(entry.name):
+                return None
             with contextlib.suppress(FileNotFoundError):  # a heartbeat is replaced
-                newest = max(newest, os.stat(entry, dir_fd=directory, follow_symlinks=False).st_mtime_ns)
-        return Found(name, False, newest / 1e9, (itself.st_ino, itself.st_mtime_ns, newest))
-    finally:
-        os.close(directory)
+                files[entry.name] = entry.stat(follow_symlinks=False)
+    return files if all(stat.S_ISREG(each.st_mode) for each in files.values()) else None
 
 
-def _size(top: int, name: str) -> int:
-    """Of the files in it, in bytes."""
-    total = 0
-    for _, _, files, directory in os.fwalk(name, dir_fd=top, follow_symlinks=False):
-        for file in files:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(file, dir_fd=directory, follow_symlinks=False).st_size
-    return total
+def _time(found: os.stat_result, now: float) -> float:
+    """When it was written. A time that is still to come is none; nobody sets that of the last change."""
+    return found.st_mtime if found.st_mtime <= now else min(found.st_ctime, now)
 
 
-def _drop_left(top: int, name: str, now: float) -> None:
-    """What a tidy has left that was killed. Not what another one is just at, which may give it back."""
+@contextlib.contextmanager
+def _opened(top: int, name: str) -> Iterator[int]:
+    """A descriptor of the directory. Raises NotADirectoryError for what is none, or another user's."""
     found = os.stat(name, dir_fd=top, follow_symlinks=False)
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and now - found.st_ctime > EVERY:
-        shutil.rmtree(name, dir_fd=top)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise NotADirectoryError(name)
+    directory = os.open(name, OPEN, dir_fd=top)
+    try:
+        yield directory
+    finally:
+        os.close(directory)  # and so it is unlocked
 
 
 def _is_due(top: int) -> bool:
@@ -238,3 +247,7 @@ def _is_due(top: int) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def _why(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"

@@ -7,12 +7,13 @@
     heartbeat, signals, cancel    marks
 
 A log is what a crash has left of it: what is not understood is passed over, and a span without an end stays open.
+A log may have any size, a timeline has not: of very many marks in a lane some are kept, evenly; of spans, the first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final, final
 
@@ -25,6 +26,10 @@ __all__ = ["Lane", "Mark", "Span", "Timeline", "clock", "timeline_of", "to_json"
 #: Lanes at most; further roles share one.
 MOST_LANES: Final = 24
 OTHERS: Final = "others"
+
+#: Marks that one lane keeps, and spans that all lanes keep together. A log of `events_max_bytes` has fewer spans.
+MOST_MARKS: Final = 10_000
+MOST_KEPT_SPANS: Final = 20_000
 
 #: Characters of a text that are kept.
 TEXT_LIMIT: Final = 300
@@ -86,6 +91,7 @@ class Timeline:
         outcome: how; empty without an end.
         detail: the failure, and what became of the index.
         left_out: events that the log does not hold, for its size.
+        not_kept: marks and spans that are in the log, but not here.
         lanes: in the order to be drawn.
     """
 
@@ -96,6 +102,7 @@ class Timeline:
     outcome: str = ""
     detail: str = ""
     left_out: int = 0
+    not_kept: int = 0
     lanes: tuple[Lane, ...] = field(default=())
 
     @property
@@ -167,6 +174,7 @@ def to_json(timeline: Timeline) -> dict[str, Any]:
         "outcome": timeline.outcome or None,
         "detail": timeline.detail,
         "left_out": timeline.left_out,
+        "not_kept": timeline.not_kept,
         "lanes": [
             {"name": lane.name, "spans": list(map(span, lane.spans)), "marks": list(map(mark, lane.marks))}
             for lane in timeline.lanes
@@ -200,10 +208,8 @@ class _Lane:
         self.spans: list[Span] = []
         self.marks: list[Mark] = []
         self.open: dict[object, int] = {}  # by whatever tells them apart: where in `spans`
-
-    def begin(self, key: object, span: Span) -> None:
-        self.open[key] = len(self.spans)
-        self.spans.append(span)
+        self.plain = 0  # marks of no mood that came
+        self.one_in = 1  # of so many of those, one is kept
 
     def end(self, key: object, at: float, **changes: Any) -> bool:
         """Returns whether there was such a span."""
@@ -246,6 +252,8 @@ class _Reader:
         self.outcome = ""
         self.detail = ""
         self.left_out = 0
+        self.not_kept = 0
+        self.spans = 0  # in all lanes
         self.lanes: dict[str, _Lane] = {}
         self.agent_in_process = True
         self.reconciled = 0  # spans of reconciles that were judged
@@ -287,6 +295,7 @@ class _Reader:
             outcome=self.outcome,
             detail=self.detail,
             left_out=self.left_out,
+            not_kept=self.not_kept,
             lanes=tuple(lanes),
         )
 
@@ -298,7 +307,32 @@ class _Reader:
 
     def mark(self, lane: str, at: float, label: str, detail: str = "", mood: str = PLAIN) -> None:
         """One moment."""
-        self.lane(lane).marks.append(Mark(label=label, at=at, detail=detail, mood=mood))
+        place = self.lane(lane)
+        place.plain += mood == PLAIN
+        if mood == PLAIN and place.plain % place.one_in:
+            self.not_kept += 1
+            return
+        place.marks.append(Mark(label=label, at=at, detail=detail, mood=mood))
+        if len(place.marks) > MOST_MARKS:
+            self.not_kept += len(place.marks) // 2
+            place.marks = place.marks[::2]
+            place.one_in *= 2
+
+    def begin(self, lane: str, key: object, span: Span) -> None:
+        """A span, whose end is known by `key`."""
+        if self.add(lane, span):
+            place = self.lane(lane)
+            place.open[key] = len(place.spans) - 1
+
+    def add(self, lane: str, span: Span) -> bool:
+        """A span; returns whether there was room for it."""
+        place = self.lane(lane)
+        if self.spans >= MOST_KEPT_SPANS:
+            self.not_kept += 1
+            return False
+        self.spans += 1
+        place.spans.append(span)
+        return True
 
     def enter(self, name: str, state: str, at: float, detail: str, mood: str) -> None:
         """A lane of states goes on to another one, or learns more of the one that it is in."""
@@ -311,7 +345,11 @@ class _Reader:
                 lane.spans[number] = evolve(known, detail=both[:TEXT_LIMIT])
             return
         lane.end(_STATE, at)
-        lane.begin(_STATE, Span(label=state, began=at, detail=detail, mood=mood))
+        self.begin(name, _STATE, Span(label=state, began=at, detail=detail, mood=mood))
+
+
+_Take = Callable[[_Reader, Mapping[str, Any], float], None]
+"""What an event of one kind, of a moment, does to the timeline."""
 
 
 def _job_started(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
@@ -328,7 +366,7 @@ def _state(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
     reader.enter("job", state, at, "", _JOB_MOOD.get(state, PLAIN))
     agent = reader.lanes.get("agent")
     if state == "running" and reader.agent_in_process:
-        reader.lane("agent").begin(_STATE, Span(label="in our process", began=at, mood=GOOD))
+        reader.begin("agent", _STATE, Span(label="in our process", began=at, mood=GOOD))
     elif agent is not None and state == "settling":
         agent.end(_STATE, at)
 
@@ -368,7 +406,7 @@ def _process_started(reader: _Reader, event: Mapping[str, Any], at: float) -> No
     pid = _pid(event)
     if role == "agent":
         reader.agent_in_process = False
-    reader.lane(role).begin(("pid", pid), Span(label="runs", began=at, detail=_program(event, pid)))
+    reader.begin(role, ("pid", pid), Span(label="runs", began=at, detail=_program(event, pid)))
 
 
 def _process_exited(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
@@ -377,10 +415,9 @@ def _process_exited(reader: _Reader, event: Mapping[str, Any], at: float) -> Non
     code, by = _number(event.get("exit_code")), _text(event.get("signal"))
     label = by or (f"exit {code:g}" if code is not None else "ended")
     mood = GOOD if code == 0 and not by else BAD
-    lane = reader.lane(role)
-    if not lane.end(("pid", pid), at, label=label, mood=mood):
+    if not reader.lane(role).end(("pid", pid), at, label=label, mood=mood):
         # A shared watch that was there before this job.
-        lane.spans.append(Span(label=label, began=at, ended=at, detail=f"pid {pid}", mood=mood, late=True))
+        reader.add(role, Span(label=label, began=at, ended=at, detail=f"pid {pid}", mood=mood, late=True))
 
 
 def _reconciled(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
@@ -390,7 +427,7 @@ def _reconciled(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
     reason = _text(event.get("reason"))
     if len(lane.spans) == reader.reconciled:  # no process of it was started
         began = min(at, max(EARLIEST, at - (seconds or 0.0)))
-        lane.spans.append(Span(label=label, began=began, ended=at, detail=reason, mood=mood))
+        reader.add("reconcile", Span(label=label, began=began, ended=at, detail=reason, mood=mood))
     else:
         span = lane.spans[-1]
         detail = "; ".join(part for part in (reason, span.label, span.detail) if part)
@@ -440,7 +477,7 @@ def _index_output(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
     reader.mark("index", at, "error" if bad else "ready", _text(event.get("line")), BAD if bad else GOOD)
 
 
-def _said(label: str, detail: str = "", mood: str = PLAIN) -> Any:
+def _said(label: str, detail: str = "", mood: str = PLAIN) -> _Take:
     """What makes a mark of an event of the agent; `detail` is the field that tells more."""
 
     def take(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
@@ -471,7 +508,7 @@ def _agent_result(reader: _Reader, event: Mapping[str, Any], at: float) -> None:
     reader.mark("agent", at, label, told + _text(event.get("text")), BAD if bad else GOOD)
 
 
-_TAKE: Final[dict[str, Any]] = {
+_TAKE: Final[dict[str, _Take]] = {
     "job_started": _job_started,
     "state": _state,
     "cancel": _cancel,
@@ -534,7 +571,10 @@ def _text(value: object) -> str:
     """One printable line of it: neither a terminal nor a picture gets a stranger's control characters."""
     if not isinstance(value, str):
         return ""
-    shown = "".join(letter if letter.isprintable() else " " for letter in value[: 4 * TEXT_LIMIT])
+    value = value[: 4 * TEXT_LIMIT]
+    if value.isprintable() and "  " not in value and value[:1] != " " and value[-1:] != " ":  # for most
+        return value if len(value) <= TEXT_LIMIT else value[: TEXT_LIMIT - 1] + "…"
+    shown = "".join(letter if letter.isprintable() else " " for letter in value)
     flat = " ".join(shown.split())
     return flat if len(flat) <= TEXT_LIMIT else flat[: TEXT_LIMIT - 1] + "…"
 

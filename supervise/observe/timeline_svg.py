@@ -127,6 +127,7 @@ def _about(timeline: Timeline) -> str:
     else:
         how = f"{timeline.outcome} after {clock(timeline.seconds)}"
     left_out = f" · {timeline.left_out} events are not in its log" if timeline.left_out else ""
+    left_out += f" · {timeline.not_kept} marks and spans are not drawn" if timeline.not_kept else ""
     detail = f" · {timeline.detail}" if timeline.detail else ""
     return f"{how} · began {rfc3339(timeline.began)[:-4]}Z{left_out}{detail}"
 

@@ -7,11 +7,13 @@ import io
 import json
 import os
 import re
+import threading
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from attrs import evolve
 from rich.console import Console
 
@@ -128,6 +130,76 @@ async def test_a_log_that_ends_before_its_job_is_told_so(desk: Desk) -> None:
     (directory / "result.json").write_text('{"outcome": "completed"}')
     assert await desk.run("j1") == 0
     assert "the job has ended (completed), but its event log ends before" in desk.said
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"", b"{}", b"[]", b'{"outcome": "x"', b"\xff"])
+async def test_a_result_that_cannot_be_read_is_told(desk: Desk, content: bytes) -> None:
+    directory = desk.job("j1", JOB[:14])
+    (directory / "result.json").write_bytes(content)
+    assert await desk.run("j1") == 0
+    assert f"cannot be read: {directory / 'result.json'}" in desk.said
+
+
+async def test_of_a_result_only_so_much_is_read(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LONGEST_RESULT", 100)
+    directory = desk.job("j1", JOB[:14])
+    (directory / "result.json").write_text(" " * 100 + '{"outcome": "completed"}')
+    assert await desk.run("j1") == 0
+    assert "cannot be read" in desk.said
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "result.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a link", "a directory"])
+async def test_what_is_no_file_of_a_job_is_neither_waited_for_nor_followed(
+    desk: Desk, tmp_path: Path, name: str, kind: str
+) -> None:
+    directory = desk.job("j1", JOB[:14])
+    path = directory / name
+    if path.exists():
+        path.rename(tmp_path / "real")
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a link":
+        (tmp_path / "real").touch()
+        path.symlink_to(tmp_path / "real")
+    else:
+        path.mkdir()
+    os.mkfifo(directory / "heartbeat.json")
+    with trio.fail_after(10):
+        if name == "events.jsonl":
+            with pytest.raises(SuperviseError, match=rf"cannot be read: {path}: it is"):
+                await desk.run("j1")
+        else:
+            assert await desk.run("j1") == 0
+            assert f"cannot be read: {path}" in desk.said
+
+
+async def test_cancelling_waits_for_no_log_that_is_long(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Path) -> Any:
+        reads.set()
+        assert go_on.wait(20)
+        return iter(())
+
+    monkeypatch.setattr(command, "_events", slow)
+    desk.job("j1")
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(desk.run, "j1")
+            await trio.to_thread.run_sync(reads.wait)
+            nursery.cancel_scope.cancel()
+    assert not go_on.is_set()
+    go_on.set()
+
+
+async def test_what_looks_like_markup_is_no_markup(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_encoding(monkeypatch, "utf-8")
+    roles = ("[/x]", "[link=file:///etc/passwd]agent[/link]", "[red]")
+    desk.job("j1", [event("process_started", 0, role=role, pid=1) for role in roles])
+    assert await desk.run("j1") == 0
+    text = desk.out.decode()
+    assert all(role in text for role in roles)
 
 
 async def test_the_picture_is_written_whole_and_where_is_said(desk: Desk, tmp_path: Path) -> None:

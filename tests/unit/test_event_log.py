@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from supervise.events import (
 from supervise.job import event_log
 from supervise.job.event_log import EVENTS, WAITING, EventLog
 from supervise.model import IndexStatus
+from supervise.secrets import Masker
 
 SECRET = "sk-secret-0123456789"
 SMALLEST = 65536
@@ -316,10 +318,10 @@ async def test_a_stranger_at_the_place_of_the_log_is_not_written_to(
 async def test_a_machine_without_threads_to_spare_costs_the_log_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def refuse(*_: Any) -> None:
+    async def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(event_log, "in_thread", refuse)
+    monkeypatch.setattr(trio.to_thread, "run_sync", refuse)
     monkeypatch.setattr(event_log, "GATHER", 0.0)
     log = EventLog(tmp_path / EVENTS, SMALLEST)
     async with trio.open_nursery() as nursery:
@@ -362,11 +364,11 @@ async def test_a_batch_on_its_way_to_the_disk_is_not_lost_when_the_job_ends(
 ) -> None:
     there_is_a_thread = trio.Event()
 
-    async def in_thread(write: Any, *args: Any) -> None:
+    async def in_thread(write: Any, *args: Any, **_: Any) -> None:
         await there_is_a_thread.wait()
         write(*args)
 
-    monkeypatch.setattr(event_log, "in_thread", in_thread)
+    monkeypatch.setattr(trio.to_thread, "run_sync", in_thread)
     monkeypatch.setattr(event_log, "GATHER", 0.0)
     log = EventLog(tmp_path / EVENTS, SMALLEST)
     async with trio.open_nursery() as nursery:
@@ -421,3 +423,145 @@ async def test_a_bug_in_the_log_costs_no_result(
 async def test_a_reason_without_end_does_not_fill_the_log(tmp_path: Path) -> None:
     log = await kept(tmp_path / EVENTS, [at(CancelRequested(reason="x" * 10_000_000, step=1)), signal_sent()])
     assert [each["type"] for each in log] == ["cancel", "signal_sent", "state", "job_finished"]
+
+
+class SlowDisk:
+    """Writes to event logs hang until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hangs, self.go_on = threading.Event(), threading.Event()
+        self._write = os.write
+        monkeypatch.setattr(event_log.os, "write", self.write)
+        monkeypatch.setattr(event_log, "PATIENCE", 0.1)
+        monkeypatch.setattr(event_log, "GATHER", 0.0)
+
+    def write(self, descriptor: int, data: Any) -> int:
+        if EVENTS in os.readlink(f"/proc/self/fd/{descriptor}"):
+            self.hangs.set()
+            assert self.go_on.wait(20)
+            data = data[:50]
+        return self._write(descriptor, data)
+
+
+def open_logs() -> int:
+    """Event logs that this process has open."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            count += EVENTS in os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the one that listed them
+            continue
+    return count
+
+
+async def test_a_disk_that_hangs_holds_up_the_end_of_no_job(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    spec = JobSpec(prompt="go", workspace=tmp_path, job_id="j1", agent=MockAgent(text="fine"))
+    with trio.fail_after(10), caplog.at_level(logging.ERROR, "supervise.job"):
+        done = await supervise.run_job(spec, settings=settings)
+    assert (done.outcome, done.text) == (Outcome.COMPLETED, "fine")
+    assert disk.hangs.is_set()
+    path = settings.state_dir / "jobs" / "j1" / EVENTS
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"the event log {path} ends here: the disk has not answered for 0.1 s; the job goes on without it"]
+    assert open_logs() == 1  # the thread has it still
+    disk.go_on.set()
+    with trio.fail_after(10):
+        while open_logs():  # a thread that was left alone tells nobody
+            await trio.sleep(0.01)
+    assert len(path.read_bytes()) == 50  # it writes no more than what it was at
+    assert len(caplog.records) == 1
+
+
+async def test_the_hanging_disk_of_one_job_holds_up_no_other_ones_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = [EventLog(tmp_path / name / EVENTS, SMALLEST) for name in ("a", "b", "c", "d", "e", "f")]
+    release = threading.Event()
+    for log in logs:
+        log._path.parent.mkdir()
+    for log in logs[:-1]:
+        monkeypatch.setattr(log, "_put", lambda lines: release.wait(20))
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            for log in logs[:-1]:
+                nursery.start_soon(log.close, result(), str)
+            await trio.testing.wait_all_tasks_blocked()
+            await logs[-1].close(result(), str)
+            release.set()
+    assert lines(logs[-1]._path)[-1]["type"] == "job_finished"
+
+
+async def test_a_thread_that_ends_as_it_is_given_up_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "PATIENCE", 0.003)
+    for number in range(100):
+        log = EventLog(tmp_path / f"{number}-{EVENTS}", SMALLEST)
+        write = log._write
+
+        def slow(*args: Any, write: Any = write, seconds: float = number % 7 / 1000) -> None:
+            write(*args)
+            time.sleep(seconds)
+
+        monkeypatch.setattr(log, "_write", slow)
+        log.take(text())
+        await log._in_thread(log._write, log._taken(), str)
+        await log.close(result(), str)
+    with trio.fail_after(10):
+        while open_logs():  # a thread that was left alone tells nobody
+            await trio.sleep(0.01)
+
+
+async def test_secrets_are_masked_whatever_field_they_are_in(settings: Settings, tmp_path: Path) -> None:
+    class Odd:
+        name = "odd"
+
+        async def run(self, run: AgentRun) -> None:
+            run.started()
+            payload = {"path": Path("/x") / SECRET, "bytes": SECRET.encode(), "set": {SECRET}, Path(SECRET): 1}
+            run.emit(UnknownEvent(raw={"deep": [payload, (SECRET,)], "number": 1.5, "none": None}))
+            run.emit(AgentText(text="x", raw={"fine": [1, True, {"a": "b"}]}))
+            run.report(AgentReport(text="ok"))
+
+    spec = JobSpec(prompt="go", workspace=tmp_path, job_id="j1", env={"MY_TOKEN": SECRET}, agent=Odd())
+    async with supervise.open_job(spec, settings=settings) as job, job.subscribe() as events:
+        seen = [event async for event in events if isinstance(event, UnknownEvent | AgentText)]
+    assert seen[0].raw == {
+        "deep": [{"path": "/x/***", "bytes": "***", "set": ["***"], "***": 1}, ("***",)],
+        "number": 1.5,
+        "none": None,
+    }
+    assert seen[1].raw == {"fine": [1, True, {"a": "b"}]}
+    assert SECRET not in (settings.state_dir / "jobs" / "j1" / EVENTS).read_text()
+
+
+async def test_what_becomes_text_only_when_it_is_written_is_masked_too(tmp_path: Path) -> None:
+    events = [
+        at(UnknownEvent(raw={"path": Path(SECRET), "bytes": SECRET.encode()})),
+        at(SignalSent(role=SECRET, signal="X", count=1)),
+    ]
+    log = EventLog(tmp_path / EVENTS, SMALLEST)
+    for event in events:
+        log.take(event)
+    await log.close(result(), Masker([SECRET]).text)
+    told = lines(tmp_path / EVENTS)
+    assert [each["type"] for each in told] == ["agent_unknown", "signal_sent", "state", "job_finished"]
+    assert (told[0]["raw"], told[1]["role"]) == ({"path": "***", "bytes": "b'***'"}, "***")
+
+
+async def test_a_secret_that_is_a_word_of_the_log_tears_no_line(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / EVENTS, SMALLEST)
+    for event in (signal_sent(), text(), signal_sent()):
+        log.take(event)
+    await log.close(result(), Masker(["signal_sent"]).text)
+    told = [(each["type"], each.get("count")) for each in lines(tmp_path / EVENTS)]
+    assert told == [
+        ("events_dropped", 1),
+        ("agent_text", None),
+        ("events_dropped", 1),
+        ("state", None),
+        ("job_finished", None),
+    ]

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from supervise.cli import streams
+from supervise.cli.timeline import _drawn
 from supervise.codec import rfc3339, to_line
-from supervise.observe.timeline import MOST_LANES, Lane, Mark, Span, Timeline, clock, timeline_of, to_json
+from supervise.observe import timeline as timeline_module
+from supervise.observe.timeline import (
+    MOST_LANES,
+    Lane,
+    Mark,
+    Span,
+    Timeline,
+    clock,
+    timeline_of,
+    to_json,
+)
 from supervise.observe.timeline_svg import MOST_SPANS, WIDTH, svg, tick_label, ticks
 
+codecs.register_error(streams.SPELL, streams._spell)  # as each command does at its start
+
 BEGAN = 1_800_000_000.0
-HOSTILE = "a<b>&\"'\x00\x1b[31m\ud800\ufffe]]><script>alert(1)</script>\u202e\n\t" + "long " * 500
+HOSTILE = "[/a][b]a<b>&\"'\x00\x1b[31m\ud800\ufffe]]><script>alert(1)</script>\u202e\n\t" + "long " * 500
 
 
 def event(kind: str, at: float = 0.0, **fields: Any) -> dict[str, Any]:
@@ -183,6 +200,51 @@ def test_a_log_has_no_end_of_roles_but_a_picture_has() -> None:
     assert len(timeline.lanes[-1].spans) == 1000 - MOST_LANES
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that are soon reached."""
+    monkeypatch.setattr(timeline_module, "MOST_MARKS", MOST_MARKS)
+    monkeypatch.setattr(timeline_module, "MOST_KEPT_SPANS", MOST_KEPT_SPANS)
+
+
+MOST_MARKS, MOST_KEPT_SPANS = 100, 200
+
+
+@pytest.mark.usefixtures("small")
+def test_of_a_log_without_end_a_bounded_part_is_kept_and_the_rest_is_told() -> None:
+    def log() -> Iterator[dict[str, Any]]:
+        yield event("state", 0, state="running")
+        yield event("cancel", 1, reason="early", step=1)
+        for number in range(3 * MOST_MARKS):
+            yield event("heartbeat", number)
+        for number in range(MOST_KEPT_SPANS):
+            yield started(number, pid=number)
+            yield exited(number, pid=number)
+        yield exited(9, role="watch", pid=8)
+        yield event("reconcile", 9, ok=True, seconds=1, reason="")
+        yield event("state", 3 * MOST_MARKS, state="settling")
+        yield event("cancel", 3 * MOST_MARKS, reason="late", step=2)
+
+    timeline = timeline_of(log())
+    beats = next(lane.marks for lane in timeline.lanes if lane.name == "heartbeat")
+    kept_spans = sum(len(lane.spans) for lane in timeline.lanes)
+    assert kept_spans == MOST_KEPT_SPANS
+    assert len(beats) <= MOST_MARKS
+    assert beats[-1].at - BEGAN > 3 * MOST_MARKS - 10  # evenly, up to the end
+    assert timeline.not_kept == 3 * MOST_MARKS - len(beats) + 7
+    assert marks(timeline, "cancel") == ["cancel", "cancel (step 2)"]
+    assert f"{timeline.not_kept} marks and spans are not drawn" in svg(timeline)
+    assert to_json(timeline)["not_kept"] == timeline.not_kept
+
+
+@pytest.mark.usefixtures("small")
+def test_errors_without_end_are_bounded_too() -> None:
+    bad = [{**event("index_output", number), "kind": "error"} for number in range(2 * MOST_MARKS)]
+    timeline = timeline_of(bad)
+    assert len(timeline.lanes[0].marks) <= MOST_MARKS
+    assert timeline.not_kept + len(timeline.lanes[0].marks) == 2 * MOST_MARKS
+
+
 def test_a_strangers_text_is_one_printable_line() -> None:
     beat = event("heartbeat", 0, rss_bytes=1e300, agent_silent_seconds=1e300)
     timeline = timeline_of(
@@ -212,6 +274,7 @@ VALUES = st.recursive(
     | st.floats()
     | st.text(max_size=20)
     | st.just(HOSTILE)
+    | st.just("[/x]")
     | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
@@ -228,6 +291,7 @@ EVENTS = st.fixed_dictionaries(
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(st.lists(EVENTS | VALUES, max_size=6))
+@example([started(0, role="[/x]"), event("signal_sent", 0, role="[/x]", signal="[/x]", count=1)])
 def test_whatever_is_in_a_log_it_is_drawn(events: list[Any]) -> None:
     timeline = timeline_of(events)
     assert timeline.last >= timeline.began
@@ -236,6 +300,9 @@ def test_whatever_is_in_a_log_it_is_drawn(events: list[Any]) -> None:
             assert timeline.began <= span.began <= timeline.end_of(span)
     to_line(to_json(timeline))
     ElementTree.fromstring(svg(timeline).encode())
+    if timeline.lanes:
+        drawn = _drawn(timeline).decode(Console().encoding)
+        assert all(letter.isprintable() or letter == "\n" for letter in drawn)
 
 
 # --- the picture -------------------------------------------------------------------------------------------
