@@ -7,6 +7,7 @@ import errno
 import json as json_module
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, TypeVar, TypeVarTuple
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,12 +23,12 @@ from rich.text import Text
 from supervise import durable
 from supervise.cli import exit_codes
 from supervise.cli.stdout import Stdout
-from supervise.cli.streams import SPELL
+from supervise.cli.streams import SPELL, on_terminal
 from supervise.cli.view import COLOURS, say, tell
 from supervise.codec import loads, rfc3339, to_line
 from supervise.dispatch.submit import job_id_of, workers_of
 from supervise.errors import BadInput, SettingsError, SuperviseError
-from supervise.job.directory import RESULT
+from supervise.job.directory import RESULT, lives
 from supervise.job.event_log import EVENTS
 from supervise.job.heartbeat import HEARTBEAT
 from supervise.model import JOB_ID
@@ -78,7 +79,7 @@ async def run(settings: Settings, job: str, svg: Path | None, json: bool, *, con
     jobs = settings.state_dir / "jobs"
     try:
         directory = await _reading(_directory_of, settings, jobs, job)
-        timeline = await _reading(lambda: timeline_of(_events(directory / EVENTS)))
+        timeline = await _reading(_read, directory)
     except OSError as error:
         raise SuperviseError(f"the event log cannot be read: {error.filename or jobs}: {error.strerror}") from None
     if directory.name != job:
@@ -95,6 +96,15 @@ async def run(settings: Settings, job: str, svg: Path | None, json: bool, *, con
     if timeline.ended is None and code == exit_codes.COMPLETED:
         tell(console, f"supervise: {await _reading(_why_no_end, directory)}", "yellow")
     return code
+
+
+def _read(directory: Path) -> Timeline:
+    """Of a job that lives, up to now: it need not have done anything of late."""
+    living = lives(directory)
+    timeline = timeline_of(_events(directory / EVENTS))
+    if living and timeline.lanes and timeline.ended is None:
+        return evolve(timeline, last=max(timeline.last, time.time()))
+    return timeline
 
 
 async def _reading(read: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -229,7 +239,9 @@ def _why_no_end(directory: Path) -> str:
         times = [_written(directory / name) for name in (EVENTS, HEARTBEAT)]
         signs = [each for each in times if each is not None]
         ago = f"; its last sign of life was {clock(max(0.0, time.time() - max(signs)))} ago" if signs else ""
-        return f"the job has not ended: it runs, or its supervisor was killed{ago}"
+        if lives(directory):
+            return f"the job has not ended: it runs{ago}"
+        return f"the job has not ended: its supervisor was killed{ago}"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return f"the event log has no end, and what should tell how the job ended cannot be read: {directory / RESULT}"
 
@@ -266,7 +278,7 @@ Cells = list[tuple[str, str]]
 def _drawn(timeline: Timeline) -> bytes:
     """Chart and table, for whatever standard output is."""
     out = Console()
-    terminal = out.is_terminal
+    terminal = on_terminal(sys.stdout)
     letters = UNICODE if _can_draw(out.encoding) else ASCII
     chart = out if terminal else Console(width=CHART)
     table = out if terminal else Console(width=WIDE)

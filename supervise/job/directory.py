@@ -21,7 +21,7 @@ from supervise.errors import SettingsError, SpecError
 from supervise.job.event_log import EVENTS
 from supervise.job.heartbeat import HEARTBEAT
 
-__all__ = ["MADE_BY_JOBS", "OPEN", "RESULT", "SIGNS", "JobDirectory", "is_at", "lock", "occupy"]
+__all__ = ["MADE_BY_JOBS", "OPEN", "RESULT", "SIGNS", "JobDirectory", "is_at", "lives", "lock", "occupy"]
 
 #: The file, in the job's directory.
 RESULT: Final = "result.json"
@@ -116,6 +116,23 @@ def lock(descriptor: int) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
     return True
+
+
+def lives(path: Path) -> bool:
+    """Whether a job holds the lock of its directory. `False` where there are no locks, and if there is none."""
+    try:
+        descriptor = os.open(path, OPEN)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def is_at(path: Path | str, descriptor: int, top: int | None = None) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from supervise.cli import timeline as command
 from supervise.codec import to_line
 from supervise.dispatch.submit import job_id_of
 from supervise.errors import SettingsError, SuperviseError
+from supervise.job.directory import occupy
 from supervise.observe.timeline import timeline_of
 from tests.unit.test_timeline import BEGAN, HOSTILE, JOB, event, rfc3339
 
@@ -42,7 +44,7 @@ class Desk:
 
     def job(self, job_id: str, events: list[dict[str, Any]] = JOB, rest: bytes = b"") -> Path:
         directory = self.jobs / job_id
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "events.jsonl").write_bytes(b"".join(map(to_line, events)) + rest)
         return directory
 
@@ -122,7 +124,21 @@ async def test_what_is_open_is_told_so_and_why(desk: Desk, monkeypatch: pytest.M
     assert "j1: no end in its log, so far 0.600 s" in text
     assert "▶" in text
     assert " open " in text
-    assert "it runs, or its supervisor was killed; its last sign of life was" in desk.said
+    assert "the job has not ended: its supervisor was killed; its last sign of life was" in desk.said
+
+
+async def test_a_job_that_lives_is_drawn_up_to_now(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_encoding(monkeypatch, "utf-8")
+    directory = desk.job("j1", [])
+    holder = occupy(directory)
+    try:
+        began = event("job_started", workspace="/w", agent="a", index="none", containment="c")
+        desk.job("j1", [{**began, "time": rfc3339(time.time() - 40)}])
+        assert await desk.run("j1") == 0
+    finally:
+        holder.release()
+    assert "the job has not ended: it runs" in desk.said
+    assert re.search(r"so far 4\d\.\d{3} s", desk.out.decode())
 
 
 async def test_a_log_that_ends_before_its_job_is_told_so(desk: Desk) -> None:
