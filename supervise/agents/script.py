@@ -89,21 +89,26 @@ class ScriptAgent:
         command = run.command((self.path, *self.args), stdin=stdin.encode("utf-8", "replace"))
         streams = (_Stream(run, "stdout"), _Stream(run, "stderr"))
         child: Child | None = None
+        ended = False
         try:
             async with run.tree() as tree:
                 child = await tree.spawn(command, stdout=streams[0].feed, stderr=streams[1].feed)
                 run.started(child.pid)
                 await child.wait()
+                ended = True  # by itself: how it answers when it is ended is no verdict
         except SpawnError as error:
             run.report(AgentReport(failure_kind=FailureKind.SPAWN, error=self._unstarted(error)))
         finally:
             if child is not None:
                 for stream in streams:
                     stream.close()
-                run.report(self._report(child.status, child.tails()))
+                run.report(self._report(child.status, child.tails(), ended))
 
-    def _report(self, status: ExitStatus | None, tails: tuple[str, str]) -> AgentReport:
-        kind, error = self._verdict(status, tails[1])
+    def _report(self, status: ExitStatus | None, tails: tuple[str, str], ended: bool) -> AgentReport:
+        kind: FailureKind | None = FailureKind.KILLED
+        error: str | None = f"the script {self.name!r} was ended"
+        if ended:
+            kind, error = self._verdict(status, tails[1])
         return AgentReport(
             failure_kind=kind,
             error=error,
@@ -131,7 +136,7 @@ class ScriptAgent:
         """What to do about it: the general words are of programs that are looked for on the PATH."""
         match error.kind:
             case "not_executable" if not _has_mode(self.path):
-                return f"the script {self.path!r} is not executable: chmod +x {shlex.quote(self.path)}"
+                return f"the script {self.path!r} is not executable: chmod +x {_quoted(self.path)}"
             case "not_executable":
                 return (
                     f"the script {self.path!r} may not be executed by this user here; look at the modes of its "
@@ -163,6 +168,11 @@ class _Stream:
     def _line(self, line: str) -> None:
         self._run.progress()
         self._run.emit(AgentOutput(stream=self._name, line=line))
+
+
+def _quoted(path: str) -> str:
+    """For a shell; one that would steer a terminal as Python writes it."""
+    return shlex.quote(path) if path.isprintable() else repr(path)
 
 
 def _has_mode(path: str) -> bool:

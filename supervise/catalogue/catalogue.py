@@ -6,12 +6,14 @@ A name that cannot be read costs nothing but itself: it is told of in `troubles`
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import shlex
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, final
 
@@ -19,7 +21,7 @@ import attrs
 from attrs import frozen
 
 from supervise.catalogue.header import MAX_NAME, Header, parse
-from supervise.errors import BadInput
+from supervise.errors import BadInput, SuperviseError
 from supervise.settings import Settings
 
 __all__ = ["Catalogue", "Lookup", "Match", "Script"]
@@ -50,6 +52,27 @@ LEFT_OUT: Final = frozenset({"node_modules", "__pycache__"})
 
 #: How old what a `Lookup` knows may be, in seconds.
 MAX_AGE: Final = 2.0
+
+#: So many names are compared with one that nobody knows: all of 100,000 would take a minute.
+MOST_COMPARED: Final = 256
+
+#: The machine's trouble or the network's, and not the file's own: what could not be read now can be, later.
+PASSING: Final = frozenset(
+    {
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ENOBUFS,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+    }
+)
 
 BOM: Final = b"\xef\xbb\xbf"
 
@@ -119,11 +142,15 @@ class Catalogue:
         scripts: by name, then path.
         troubles: directories and files that could not be read, and bounds that were reached.
         hint: what to do where there is no catalogue: no directory was named, and the default one is not there.
+        gaps: why scripts may be missing that are there: directories that could not be read, and trouble of the machine.
+        filled: of the directories that were named, those in which there is anything.
     """
 
     scripts: tuple[Script, ...] = ()
     troubles: tuple[str, ...] = ()
     hint: str = ""
+    gaps: tuple[str, ...] = ()
+    filled: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, directories: Sequence[Path]) -> Catalogue:
@@ -139,13 +166,19 @@ class Catalogue:
         for root in roots:
             reading.walk(root)
         scripts = sorted(reading.scripts, key=lambda script: (script.name.casefold(), script.name, script.path))
-        return cls(scripts=tuple(scripts), troubles=tuple(reading.troubles))
+        return cls(
+            scripts=tuple(scripts),
+            troubles=tuple(reading.troubles),
+            gaps=tuple(reading.gaps),
+            filled=frozenset(reading.filled),
+        )
 
     def find(self, name: str) -> Script:
         """The script of exactly this name, or else at this place: its path, from its directory of the catalogue on.
 
         Raises:
             BadInput: there is none (with the nearest right name), or there are several.
+            SuperviseError: there is none, but not all could be read: there may be one.
         """
         found = self.named(name)
         if len(found) == 1:
@@ -154,9 +187,11 @@ class Catalogue:
             paths = ", ".join(shown(script.path) for script in found[:MOST_TOLD])
             more = ", …" if len(found) > MOST_TOLD else ""
             raise BadInput(f"there are {len(found)} scripts {name!r}: {paths}{more}; name one by its path")
+        if self.gaps:
+            raise SuperviseError(f"whether there is a script {name!r} is not known: {self.gaps[0]}; see to that first")
         if self.hint:
             raise BadInput(f"there is no script {name!r}: {self.hint}")
-        nearest = difflib.get_close_matches(name[:MAX_NAME], {script.name for script in self.scripts}, n=1)
+        nearest = _nearest(name[:MAX_NAME], {script.name for script in self.scripts if len(script.name) <= MAX_NAME})
         meant = f"did you mean {nearest[0]!r}?" if nearest else "supervise scripts list tells which there are"
         trouble = f" ({self.troubles[0]})" if self.troubles else ""
         raise BadInput(f"there is no script {name!r} in the catalogue{trouble}; {meant}")
@@ -189,33 +224,52 @@ class Lookup:
 
     But a name that is not known is looked for in all files anew, and of a script that is known the file itself is read
     again: what was put there or changed just now is seen. What is not seen for so long is a second script of a
-    name that is known.
+    name that is known. A directory that held something and holds nothing now is taken for one that cannot be read: one
+    that is not mounted looks so.
 
     Args:
         directories: as for `Catalogue.read`.
-        max_age: seconds.
+        max_age: seconds. Where reading takes longer than `MAX_AGE`, twice that time.
     """
 
     def __init__(self, directories: Sequence[Path], max_age: float = MAX_AGE) -> None:
         self._directories = tuple(directories)
+        self._filled: set[str] = set()  # directories that held something
         self._max_age = max_age
         self._catalogue: Catalogue | None = None
         self._read_at = 0.0
+        self._good_until = 0.0
         self._reading = threading.Lock()  # one reads, the others use what it has found
 
-    def find(self, name: str) -> Script:
-        """See `Catalogue.find`; raises as it does. From any thread; blocks while the files are read."""
-        asked = time.monotonic()
+    def find(self, name: str, asked: float | None = None) -> Script:
+        """See `Catalogue.find`; raises as it does. From any thread; blocks while the files are read.
+
+        Args:
+            name: the script's.
+            asked: since when it is wanted, on `time.monotonic`; default now. What was read since then is new enough.
+        """
+        asked = time.monotonic() if asked is None else asked
         with self._reading:
-            if self._catalogue is not None and asked < self._read_at + self._max_age:
+            if self._catalogue is not None and asked < self._good_until:
                 script = self._known(name)
                 if script is not None:
                     return script
             # What somebody else has begun to read since we were called is new enough.
             if self._catalogue is None or self._read_at < asked:
-                self._read_at = time.monotonic()
-                self._catalogue = Catalogue.read(self._directories)
+                read_at = time.monotonic()
+                self._catalogue = self._whole(Catalogue.read(self._directories))
+                self._read_at = read_at
+                took = time.monotonic() - read_at
+                # One that takes long is believed as long again: who gives up waiting for it finds it the next time.
+                self._good_until = read_at + (self._max_age if took < MAX_AGE else 2 * took)
             return self._catalogue.find(name)
+
+    def _whole(self, catalogue: Catalogue) -> Catalogue:
+        """As it was read, the directories told that have lost all."""
+        lost = sorted(self._filled - catalogue.filled)
+        self._filled |= catalogue.filled
+        why = "held something before, and nothing now; if that is meant, start the worker anew"
+        return attrs.evolve(catalogue, gaps=(*catalogue.gaps, *(f"the directory {shown(each)} {why}" for each in lost)))
 
     def _known(self, name: str) -> Script | None:
         assert self._catalogue is not None
@@ -233,6 +287,8 @@ class _Reading:
     def __init__(self) -> None:
         self.scripts: list[Script] = []
         self.troubles: list[str] = []
+        self.gaps: list[str] = []
+        self.filled: set[str] = set()
         self._seen: set[tuple[int, int]] = set()  # directories: one may lie below another
         self._names = 0
         self._full = False
@@ -240,6 +296,7 @@ class _Reading:
     def walk(self, root: str) -> None:
         """All below a directory. Links to directories are not followed, but for the directory itself."""
         todo = [(root, "")]
+        before = -1 if self._full else self._names  # of what is left out it is not known, and not told
         while todo and not self._full:
             directory, place = todo.pop()
             try:
@@ -250,10 +307,23 @@ class _Reading:
                 with os.scandir(directory) as entries:
                     for entry in entries:
                         if self._is_too_much(root):
-                            return
+                            break
                         self._take(entry, place, todo)
             except OSError as error:
-                self.troubles.append(f"the directory {shown(directory)} cannot be read: {error.strerror}")
+                self._miss(f"the directory {shown(directory)} cannot be read: {error.strerror}")
+        if self._names > before:
+            self.filled.add(root)
+
+    def _miss(self, trouble: str) -> None:
+        self.troubles.append(trouble)
+        self.gaps.append(trouble)
+
+    def _trouble(self, trouble: str, error: OSError) -> None:
+        told = f"{trouble}: {error.strerror}"
+        if error.errno in PASSING:
+            self._miss(told)
+        else:
+            self.troubles.append(told)
 
     def _is_too_much(self, root: str) -> bool:
         self._names += 1
@@ -274,28 +344,29 @@ class _Reading:
             elif _divided(name)[1] in SUFFIXES_AND_NONE and entry.is_file():
                 self.add(entry.path, place + name)
         except OSError as error:  # a link in a circle, say
-            self.troubles.append(f"{shown(entry.path)} cannot be looked at: {error.strerror}")
+            self._trouble(f"{shown(entry.path)} cannot be looked at", error)
 
     def add(self, path: str, place: str) -> None:
         """One file, if it is a script."""
         stem, suffix = _divided(place[place.rfind("/") + 1 :])
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        except FileNotFoundError:  # it is gone by now
+        except FileNotFoundError:  # it is gone by now, and so may be what would come in its place
+            self.gaps.append(f"{shown(path)} went away while it was looked at")
             return
         except OSError as error:
             problem = f"it cannot be read: {error.strerror}"
-            if suffix:
+            if suffix and error.errno not in PASSING:
                 unread = Header()
                 self._put(path, place, stem, unread, os.access(path, os.X_OK), (problem,), problem)
             else:  # whether it is a script is not known
-                self.troubles.append(f"{shown(path)} cannot be read: {error.strerror}")
+                self._trouble(f"{shown(path)} cannot be read", error)
             return
         try:
             status = os.fstat(descriptor)
             data = os.read(descriptor, HEAD) if stat.S_ISREG(status.st_mode) else None
         except OSError as error:
-            self.troubles.append(f"{shown(path)} cannot be read: {error.strerror}")
+            self._trouble(f"{shown(path)} cannot be read", error)
             return
         finally:
             os.close(descriptor)
@@ -331,6 +402,20 @@ class _Reading:
                 obstacle=obstacle,
             )
         )
+
+
+def _nearest(name: str, names: Iterable[str]) -> list[str]:
+    """The name most like this one, if any is. Of many, only those are compared that begin or end as it does."""
+    ordered = sorted(names)
+    if len(ordered) > MOST_COMPARED:
+        share = MOST_COMPARED // 4
+        at = bisect(ordered, name)
+        near = {*ordered[max(0, at - share) : at + share]}
+        backwards = sorted(each[::-1] for each in ordered)
+        at = bisect(backwards, name[::-1])
+        near |= {each[::-1] for each in backwards[max(0, at - share) : at + share]}
+        ordered = sorted(near)
+    return difflib.get_close_matches(name, ordered, n=1)
 
 
 def _divided(name: str) -> tuple[str, str]:

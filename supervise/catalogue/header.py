@@ -38,11 +38,15 @@ _CLIP = 60
 _LINE = re.compile(r"[^\S\n]*+(?:(?:\#++|/{2,}+)[^\S\n]*+(?:([^:\n]*+):)?([^\n]*+))?(?:\n|\Z)")
 
 #: A line that is drawn between others, and says nothing.
-_RULE = re.compile(r"[-=*#_~+]{3,}\s*")
+_RULE = re.compile(r"[-=*#_~+]{3,}+\s*+")
 
 _KEYS = frozenset(KEYS)
 
-_TIMEOUT = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?) ?([a-z]*)")
+#: Longer timeouts are none, and longer task classes like no other: what is done with them costs little, then.
+_MOST_LETTERS = 64
+
+#: Nothing is tried twice (`++`): a header is somebody else's, and one thread reads those of all.
+_TIMEOUT = re.compile(r"((?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)(?:e[+-]?[0-9]++)?+) ?([a-z]*+)")
 _UNITS = {
     **dict.fromkeys(("", "s", "sec", "secs", "second", "seconds"), 1),
     **dict.fromkeys(("m", "min", "mins", "minute", "minutes"), 60),
@@ -174,7 +178,7 @@ def _header(found: dict[str, tuple[int, list[str]]], problems: list[str]) -> Hea
     if text := said("task_class"):
         task_class = text.upper().replace("-", "_").replace(" ", "_")
         if task_class not in TASK_CLASSES:
-            told = problem("task_class", f"one of {', '.join(TASK_CLASSES)}{_meant(task_class[:MAX_NAME])}")
+            told = problem("task_class", f"one of {', '.join(TASK_CLASSES)}{_meant(task_class[:_MOST_LETTERS])}")
             # Where the timeout is said, it alone counts.
             limit_problem = limit_problem or (told if timeout is None else "")
             task_class = None
@@ -198,6 +202,8 @@ def _meant(task_class: str) -> str:
 
 
 def _seconds(text: str) -> float | None:
+    if len(text) > _MOST_LETTERS:
+        return None
     match = _TIMEOUT.fullmatch(text.lower())
     if match is None or match[2] not in _UNITS:
         return None

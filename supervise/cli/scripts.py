@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
+import re
+import stat
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar, TypeVarTuple, final
 
 import trio
 from attrs import Factory, frozen
@@ -20,13 +23,19 @@ from supervise.cli.stdout import Stdout, put_out
 from supervise.cli.streams import SPELL
 from supervise.cli.view import say
 from supervise.codec import to_line
-from supervise.errors import SuperviseError
-from supervise.events import AgentOutput, Event
+from supervise.events import AgentOutput, Event, OutputTruncated
 from supervise.model import JobSpec, Limits, new_job_id
 from supervise.settings import Settings
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 STDOUT = 1
 CHUNK = 256 * 1024
+#: How long the log of what a script has printed may take to give the next piece, in seconds.
+READ_PATIENCE = 10.0
+#: Where a log has left out what was too much.
+_LEFT_OUT = re.compile(rb"\n\[\xe2\x80\xa6 ([0-9]+) bytes left out \xe2\x80\xa6\]\n")
 
 MISSING = "—"
 #: Behind the name of a script that cannot be started, or whose header is not understood.
@@ -143,27 +152,26 @@ async def run(settings: Settings, wanted: Wanted, json: bool, *, console: Consol
             signals.belong_to(job)
             stdout = Stdout(STDOUT, signals.pipe_closed)
             directory = settings.state_dir / "jobs" / job.job_id
+            missing = ""
             if json:
                 written = await stdout.json_lines(events)
             else:
-                seen = events if console.is_terminal else _without_output(events)
+                printed = _Printed(directory / "agent.stdout.log", settings)
+                seen = printed.followed(events, not console.is_terminal)
                 await follow(seen, console, f"supervise scripts run · {job.job_id}")
                 result = await job.result()
-                written = await _put_file(directory / "agent.stdout.log", result.text, stdout)
+                written = await printed.put(result.text, stdout)
+                missing = printed.missing
                 jobs.tell_result(result, directory, console)
+            if missing:
+                say(console, f"supervise: {missing}", "red")
             if not written:
                 say(console, f"supervise: nobody reads standard output; what was printed is in {directory}", "red")
             elif stdout.trouble:
                 told = f"standard output cannot be written to: {stdout.trouble}; what was printed is in {directory}"
                 say(console, f"supervise: {told}", "red")
-    return stdout.exit_code(exit_codes.of_result(job.result_nowait(), signals.ended_by))
-
-
-async def _without_output(events: AsyncIterable[Event]) -> AsyncIterator[Event]:
-    """What goes to standard output, too, need not be told line by line."""
-    async for event in events:
-        if not (isinstance(event, AgentOutput) and event.stream == "stdout"):
-            yield event
+    code = stdout.exit_code(exit_codes.of_result(job.result_nowait(), signals.ended_by))
+    return exit_codes.FAILED if missing and code == exit_codes.COMPLETED else code
 
 
 def _spec(script: Script, wanted: Wanted, settings: Settings) -> JobSpec:
@@ -356,25 +364,93 @@ def _printable(text: str) -> str:
 # --- what a script has printed --------------------------------------------------------------------------------
 
 
-async def _put_file(path: Path, tail: str, stdout: Stdout) -> bool:
-    """All that the log holds; if there is none, the tail. Returns whether nothing was given up."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace") if os.isatty(STDOUT) else None
-    try:
-        with await trio.to_thread.run_sync(path.open, "rb") as file:
-            return await _put_all(file, decoder, stdout)
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            raise SuperviseError(f"the log {path} cannot be read: {error.strerror}") from None
-    return await stdout.text(tail.encode("utf-8", "replace"))
+@final
+class _Printed:
+    """What a script has printed, from the job's log to our standard output.
+
+    Args:
+        path: of the log.
+        settings: how much it and the tail may hold.
+
+    Attributes:
+        missing: what of it is not there, and why; empty if it is whole. Known once it was put out.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.missing = ""
+        self._path = path
+        self._settings = settings
+        self._trouble = ""
+
+    async def followed(self, events: AsyncIterable[Event], without_it: bool) -> AsyncIterator[Event]:
+        """The events; what goes to standard output, too, need not be told line by line."""
+        async for event in events:
+            if isinstance(event, OutputTruncated) and (event.role, event.stream) == ("agent", "stdout"):
+                self._trouble = event.reason
+            if not (without_it and isinstance(event, AgentOutput) and event.stream == "stdout"):
+                yield event
+
+    async def put(self, tail: str, stdout: Stdout) -> bool:
+        """All that the log holds; if it cannot be read, the tail. Returns whether nothing was given up."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace") if os.isatty(STDOUT) else None
+        try:
+            # What stands there may have been put there by the script.
+            descriptor = await _read_in_time(_open_log, self._path)
+        except OSError as error:
+            return await self._put_tail(tail, f"the log {self._path} cannot be read: {error.strerror}", stdout)
+        try:
+            self.missing = await _read_in_time(self._gap, descriptor)
+            at = 0
+            while data := await _read_in_time(os.pread, descriptor, CHUNK, at):
+                at += len(data)
+                if not await stdout.text(_for(decoder, data)):
+                    return False
+                if stdout.closed:
+                    return True
+        except OSError as error:
+            self.missing = f"the log {self._path} cannot be read to its end: {error.strerror}"
+        finally:
+            os.close(descriptor)
+        return await stdout.text(_for(decoder, b"", final=True))
+
+    async def _put_tail(self, tail: str, trouble: str, stdout: Stdout) -> bool:
+        data = tail.encode("utf-8", "replace")
+        if len(data) >= self._settings.tail_bytes:
+            self.missing = f"{trouble}; of what it printed, only the end is known"
+        return await stdout.text(data if not os.isatty(STDOUT) else _shown(tail))
+
+    def _gap(self, descriptor: int) -> str:
+        """What is missing in the log, if anything. Blocking."""
+        limit = self._settings.log_max_bytes
+        # Where its first half ends. Events tell of it, too, but who prints so much loses some of them.
+        found = _LEFT_OUT.match(os.pread(descriptor, 100, limit // 2))
+        if found is not None and os.fstat(descriptor).st_size > limit // 4 * 3:
+            more = f"{int(found[1])} bytes are missing; raise log_max_bytes"
+            return f"what it printed is longer than log_max_bytes ({limit}): {more}"
+        return f"not all that it printed is in the log: {self._trouble}" if self._trouble else ""
 
 
-async def _put_all(file: IO[bytes], decoder: codecs.IncrementalDecoder | None, stdout: Stdout) -> bool:
+def _open_log(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file any more")
+    return descriptor
+
+
+async def _read_in_time(read: Callable[[*Ts], T], *args: *Ts) -> T:
+    """`read(*args)` in a thread, which is left behind where the file system does not answer: that is an OSError."""
+    with trio.move_on_after(READ_PATIENCE):
+        return await trio.to_thread.run_sync(read, *args, abandon_on_cancel=True)
+    raise OSError(errno.ETIMEDOUT, f"it did not answer within {READ_PATIENCE:g} s")
+
+
+def _for(decoder: codecs.IncrementalDecoder | None, data: bytes, final: bool = False) -> bytes:
+    """What a program gets as it is, and a person without what would steer the terminal."""
+    return data if decoder is None else _shown(decoder.decode(data, final))
+
+
+def _shown(text: str) -> bytes:
     from supervise.cli.tasks import printable  # late: a list does without all that this one needs
 
-    while data := await trio.to_thread.run_sync(file.read, CHUNK):
-        shown = data if decoder is None else printable(decoder.decode(data)).encode()
-        if not await stdout.text(shown):
-            return False
-        if stdout.closed:
-            break
-    return True
+    return printable(text).encode("utf-8", "replace")

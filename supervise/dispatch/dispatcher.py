@@ -394,7 +394,9 @@ class Dispatcher:
                 await self._put_back(claim, number, "the worker ends")
             raise
         if unfit is not None:
-            attempt = Attempt(attempt=number, ended=self._now(), failure_kind=INVALID, error=_told(unfit))
+            attempt = Attempt(
+                attempt=number, started=started, ended=self._now(), failure_kind=INVALID, error=_told(unfit)
+            )
             await self._carry_out(claim, Bury(INVALID), attempt, None)
         elif refusal is not None:
             await self._refuse(claim, number, refusal)

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -24,6 +26,7 @@ from supervise import BadInput, IndexSettings, Settings, SpecError
 from supervise.catalogue.catalogue import Catalogue
 from supervise.cli import exit_codes, scripts
 from supervise.cli.scripts import Wanted, draw
+from supervise.processes.output import BoundedLog
 from tests.cli.conftest import Root
 
 LIMIT = 30.0
@@ -432,6 +435,73 @@ async def test_a_workspace_that_is_not_there_is_refused(command: Command, tmp_pa
     put(command.scripts / "x.sh")
     with pytest.raises(SpecError, match="workspace"):
         await command(scripts.run, wanted("x", workspace=tmp_path / "gone"), False)
+
+
+@pytest.mark.parametrize("plant", ["rm $LOG; mkfifo $LOG", "ln -sf /etc/passwd $LOG", "rm $LOG", "rm $LOG; mkdir $LOG"])
+async def test_a_log_that_the_script_has_replaced_is_not_waited_for(
+    command: Command, tmp_path: Path, plant: str
+) -> None:
+    log = tmp_path / "state" / "jobs" / "j1" / "agent.stdout.log"
+    put(command.scripts / "x.sh", f'#!/bin/sh\nLOG={log}\n{plant}\nseq 1 "$1"\n')
+    assert await command(scripts.run, wanted("x", "3", job_id="j1"), False) == exit_codes.COMPLETED
+    assert command.out == b"1\n2\n3\n"  # so little is in the result, too
+    command.settings = evolve(command.settings, tail_bytes=10)
+    shutil.rmtree(log.parent)
+    assert await command(scripts.run, wanted("x", "99", job_id="j1"), False) == exit_codes.FAILED
+    assert command.out == b"\n97\n98\n99\n"
+    assert f"supervise: the log {log} cannot be read: " in command.err
+    assert "only the end is known" in command.err
+
+
+async def test_a_log_that_does_not_answer_is_given_up(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(command.scripts / "x.sh", "#!/bin/sh\necho fine\n")
+    may_end = threading.Event()
+    monkeypatch.setattr(scripts, "READ_PATIENCE", 0.05)
+    monkeypatch.setattr(scripts, "_open_log", lambda path: may_end.wait(LIMIT))
+    command.settings = evolve(command.settings, tail_bytes=5)
+    assert await command(scripts.run, wanted("x"), False) == exit_codes.FAILED
+    may_end.set()
+    assert command.out == b"fine\n"
+    assert "cannot be read: it did not answer within 0.05 s" in command.err
+
+
+@pytest.mark.parametrize(("count", "code"), [(3 * 65536, 1), (65537, 1), (65536, 0)])
+async def test_what_is_too_much_for_the_log_is_told_with_its_size(command: Command, count: int, code: int) -> None:
+    command.settings = evolve(command.settings, log_max_bytes=65536)
+    put(command.scripts / "x.sh", f"#!/bin/sh\nyes abcdefghijklmno | head -c {count}\n")
+    assert await command(scripts.run, wanted("x"), False) == code
+    if not code:
+        assert command.out == (b"abcdefghijklmno\n" * 5000)[:count]
+        assert "log_max_bytes" not in command.err
+        return
+    told = re.search(
+        r"supervise: what it printed is longer than log_max_bytes \(65536\): (\d+) bytes are missing; "
+        r"raise log_max_bytes\n",
+        command.err,
+    )
+    assert told is not None
+    marker = f"\n[… {told[1]} bytes left out …]\n".encode()
+    assert marker in command.out
+    assert len(command.out) - len(marker) + int(told[1]) == count
+
+
+async def test_a_disk_that_refuses_the_log_is_told(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(log: BoundedLog, data: bytes) -> None:
+        log._tell("the disk is full")
+
+    monkeypatch.setattr(BoundedLog, "write", refuse)
+    put(command.scripts / "x.sh", "#!/bin/sh\necho fine\n")
+    assert await command(scripts.run, wanted("x"), False) == exit_codes.FAILED
+    assert command.out == b""
+    assert "supervise: not all that it printed is in the log: the disk is full\n" in command.err
+
+
+async def test_letters_that_are_cut_are_seen_on_a_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripts, "CHUNK", 2)
+    monkeypatch.setattr(scripts.os, "isatty", lambda descriptor: True)
+    put(command.scripts / "x.sh", "#!/bin/sh\nprintf 'a\\303\\274\\033b\\303'\n")
+    assert await command(scripts.run, wanted("x"), False) == exit_codes.COMPLETED
+    assert command.out.decode() == "aü b\ufffd"
 
 
 @contextmanager

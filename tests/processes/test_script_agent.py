@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,30 @@ import pytest
 import trio
 from attrs import evolve
 
-from supervise import FailureKind, IndexSettings, JobResult, JobSpec, Outcome, ScriptAgent, Settings, SpecError
+from supervise import (
+    AgentSettings,
+    FailureKind,
+    IndexSettings,
+    JobResult,
+    JobSpec,
+    Outcome,
+    ScriptAgent,
+    Settings,
+    SpecError,
+)
+from supervise.catalogue import catalogue as module
 from supervise.catalogue.catalogue import Catalogue
 from supervise.codec import from_json, to_json
+from supervise.dispatch.directory import in_thread
+from supervise.dispatch.scripts import Wanted, WithScripts
 from supervise.dispatch.task import Task
 from supervise.dispatch.worker import open_worker
-from supervise.errors import SettingsError
+from supervise.errors import BadInput, SettingsError, SuperviseError
 from supervise.events import AgentOutput, Event
 from supervise.executors.mock import MockExecutor
 from supervise.job.supervisor import Supervisor, open_supervisor
 from tests.processes.conftest import TOKEN, Leaks
-from tests.processes.workers import WORKER, Files, made_up, playing, settings_of
+from tests.processes.workers import WORKER, Files, eventually, made_up, playing, settings_of
 
 LIMIT = 30.0
 
@@ -44,7 +59,10 @@ class Runs:
         self._supervisor = supervisor
         self._env = {TOKEN: leaks.token}
 
-    async def __call__(self, path: Path | str, *args: str, prompt: str = "a prompt", **fields: Any) -> JobResult:
+    async def __call__(
+        self, path: Path | str, *args: str, prompt: str = "a prompt", cancel_at: str = "", **fields: Any
+    ) -> JobResult:
+        """Cancelled when it prints a line `cancel_at`."""
         agent_fields = {name: fields.pop(name) for name in ("stdin", "name") if name in fields}
         agent = ScriptAgent(path=path, args=args, **agent_fields)
         spec = JobSpec(prompt=prompt, workspace=self.root, agent=agent, index=None, env=self._env, **fields)
@@ -53,6 +71,8 @@ class Runs:
             async with self._supervisor.open_job(spec) as job, job.subscribe() as events:
                 async for event in events:
                     self.events.append(event)
+                    if cancel_at and isinstance(event, AgentOutput) and event.line == cancel_at:
+                        job.cancel("enough")
                 return await job.result()
 
     def lines(self, stream: str) -> list[str]:
@@ -61,7 +81,9 @@ class Runs:
 
 @pytest.fixture
 async def runs(tmp_path: Path, leaks: Leaks) -> Any:
-    settings = Settings(state_dir=tmp_path / "state", tail_bytes=1000, orphan_grace=0.2)
+    settings = Settings(
+        state_dir=tmp_path / "state", tail_bytes=1000, orphan_grace=0.2, agent=AgentSettings(termination_timeout=1.0)
+    )
     async with open_supervisor(settings=settings) as supervisor:
         yield Runs(supervisor, tmp_path, leaks)
 
@@ -141,6 +163,13 @@ async def test_what_cannot_be_started_says_what_to_do(
     assert str(path) in (result.error or "")
 
 
+async def test_a_path_that_would_steer_a_terminal_does_not_in_the_error(runs: Runs, tmp_path: Path) -> None:
+    result = await runs(put(tmp_path / "a\x1b]0;x\x07.sh", mode=0o644, text="#!/bin/sh\n"))
+    assert result.failure_kind is FailureKind.SPAWN
+    assert "chmod +x" in (result.error or "")
+    assert (result.error or "").isprintable()
+
+
 async def test_arguments_that_are_too_large_are_told(runs: Runs, tmp_path: Path) -> None:
     result = await runs(put(tmp_path / "x.sh", "#!/bin/sh\n"), "x" * 1_000_000)
     assert result.failure_kind is FailureKind.SPAWN
@@ -168,6 +197,29 @@ async def test_a_script_that_takes_too_long_is_ended_with_all_that_it_has_starte
     script = put(tmp_path / "hang.sh", "#!/bin/sh\necho begun\n(trap '' HUP; setsid sleep 600) &\nsleep 600\n")
     result = await runs(script, timeout=0.3)
     assert (result.outcome, result.text) == (Outcome.TIMED_OUT, "begun\n")
+
+
+@pytest.mark.parametrize("code", [0, 3])
+async def test_how_a_script_answers_when_it_is_ended_is_no_verdict(runs: Runs, tmp_path: Path, code: int) -> None:
+    script = put(
+        tmp_path / "polite.sh",
+        f"#!/bin/sh\ntrap 'echo bye; exit {code}' TERM\necho begun\nwhile :; do sleep 0.05; done\n",
+    )
+    result = await runs(script, timeout=0.3)
+    assert (result.outcome, result.failure_kind) == (Outcome.TIMED_OUT, None)
+    assert (result.text, result.exit_code) == ("begun\nbye\n", code)
+    assert "did not end within 0.3 s" in (result.error or "")
+    result = await runs(script, cancel_at="begun")
+    assert (result.outcome, result.failure_kind, result.exit_code) == (Outcome.CANCELLED, None, code)
+
+
+async def test_a_script_that_has_ended_well_has_completed_though_its_time_ends_while_others_are_ended(
+    runs: Runs, tmp_path: Path
+) -> None:
+    text = "#!/bin/sh\n(trap '' TERM; sleep 600) >/dev/null 2>&1 &\nuntil [ -e /proc/$! ]; do :; done\nsleep 0.2\n"
+    result = await runs(put(tmp_path / "leave.sh", text + "echo done\n"), timeout=0.6)
+    assert (result.outcome, result.text) == (Outcome.COMPLETED, "done\n")
+    assert result.duration_seconds > 0.6
 
 
 async def test_what_a_script_leaves_behind_is_ended_and_it_has_completed(runs: Runs, tmp_path: Path) -> None:
@@ -300,6 +352,10 @@ async def test_a_script_that_cannot_be_run_is_a_dead_letter_that_says_why(
         letter = await files.buried("t")
         assert letter["dlq_reason"] == "invalid_format"
         assert told in letter["dlq_detail"]
+        for attempt in letter["attempts"]:
+            assert "1970" not in attempt["started"]
+            assert attempt["started"] <= attempt["ended"]
+        assert len(letter["attempts"]) == (0 if "args" in fields else 1)
         files.drop("next", script="greet")  # and nobody else is kept from anything
         await files.ended("next")
         assert worker.status == "healthy" or worker.reasons == ()
@@ -345,28 +401,123 @@ async def test_who_makes_the_specs_sees_the_script_and_its_limit_and_may_refuse_
     assert executor.executed[0].timeout == 1.0
 
 
-async def test_a_catalogue_that_takes_long_to_read_holds_up_nobody_else(
-    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trouble", ["away", "empty", "descriptors"])
+async def test_a_script_that_cannot_be_looked_for_just_now_waits_for_that(
+    files: Files, root: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    may_read, reads = threading.Event(), threading.Event()
-    real = Catalogue.read.__func__  # type: ignore[attr-defined]  # of a classmethod
+    script = put(root / "scripts" / "x.sh", "#!/bin/sh\n")
+    real = os.open
+    refused = trouble == "descriptors"
 
-    def slow(cls: type[Catalogue], directories: Any) -> Catalogue:
-        reads.set()
-        assert may_read.wait(LIMIT)
-        found: Catalogue = real(cls, directories)
-        return found
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
+        if refused and path == str(script):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(Catalogue, "read", classmethod(slow))
+    monkeypatch.setattr(module.os, "open", refuse)
+    async with open_worker(WORKER, settings=with_scripts(root), executor=playing()) as worker:
+        if trouble == "empty":  # as if it were not mounted any more
+            files.drop("first", script="x")
+            await files.ended("first")
+        if trouble != "descriptors":
+            (root / "scripts").rename(root / "new")
+        if trouble == "empty":
+            (root / "scripts").mkdir()
+        files.drop("t", script="x")
+        await eventually(lambda: "is not known" in " ".join(worker.reasons), "the trouble in the worker's reasons")
+        assert files.letter("t") is None
+        refused = False
+        if trouble != "descriptors":
+            (root / "new").rename(root / "scripts")
+        assert (await files.ended("t"))["status"] == "completed"
+        await eventually(lambda: worker.status == "healthy", "the end of the trouble")
+    assert files.letters() == []
+    assert files.left() == []
+
+
+class Slow:
+    """A catalogue whose reading takes until it may end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_end, self.begun, self.times = threading.Event(), threading.Event(), 0
+        real = Catalogue.read.__func__  # type: ignore[attr-defined]  # of a classmethod
+
+        def read(cls: type[Catalogue], directories: Any) -> Catalogue:
+            self.times += 1
+            self.begun.set()
+            if not self.may_end.wait(LIMIT / 3):
+                self.may_end.set()  # the test has failed: the others need not wait
+                raise AssertionError("it was waited for")
+            found: Catalogue = real(cls, directories)
+            return found
+
+        monkeypatch.setattr(Catalogue, "read", classmethod(read))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    made = Slow(monkeypatch)
+    try:
+        yield made
+    finally:
+        made.may_end.set()
+
+
+def looking_for(name: str, root: Path) -> JobSpec:
+    task = Task(task_id="t", description="ok", script=name)
+    return JobSpec(prompt="ok", workspace=root, agent=Wanted(task=task, change=None), index=None)
+
+
+async def test_a_catalogue_that_takes_long_to_read_holds_up_nobody_else(files: Files, root: Path, slow: Slow) -> None:
     put(root / "scripts" / "x.sh", "#!/bin/sh\n")
     async with open_worker(WORKER, settings=with_scripts(root), executor=MockExecutor(made_up)) as worker:
         try:
             files.drop("script", script="x")
-            assert await trio.to_thread.run_sync(reads.wait, LIMIT)
+            assert await trio.to_thread.run_sync(slow.begun.wait, LIMIT)
             files.drop("other")
             assert (await files.ended("other"))["status"] == "completed"
             assert files.result("script") is None
             assert worker.active_tasks == ("script",)
         finally:
-            may_read.set()
+            slow.may_end.set()
         assert (await files.ended("script"))["status"] == "completed"
+
+
+async def test_lookups_that_wait_take_no_thread_from_the_worker_and_are_cancelled_at_once(
+    root: Path, slow: Slow
+) -> None:
+    executor = WithScripts(playing(), [root])
+    async with trio.open_nursery() as nursery:
+        for _ in range(12):
+            nursery.start_soon(executor.execute, looking_for("x", root), lambda event: None)
+        assert await trio.to_thread.run_sync(slow.begun.wait, LIMIT)
+        with trio.fail_after(LIMIT / 6):
+            assert await in_thread(int) == 0
+        began = time.monotonic()
+        nursery.cancel_scope.cancel()
+    assert time.monotonic() - began < LIMIT / 6
+    assert slow.times == 1
+
+
+async def test_those_who_wait_for_a_slow_catalogue_share_it(root: Path, slow: Slow) -> None:
+    put(root / "x.sh", "#!/bin/sh\n")
+    known = MockExecutor()
+    executor = WithScripts(known, [root])
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(executor.execute, looking_for("x", root), lambda event: None)
+            assert await trio.to_thread.run_sync(slow.begun.wait, LIMIT)
+            slow.may_end.set()
+    assert len(known.executed) == 8
+    assert slow.times <= 2  # on a slow machine, what was read may be too old for the last of them
+
+
+async def test_a_catalogue_that_does_not_answer_is_no_fault_of_the_task(root: Path, slow: Slow) -> None:
+    executor = WithScripts(playing(), [root], patience=0.05)
+    for _ in range(3):  # whoever comes next waits no longer, and takes no thread more
+        with trio.fail_after(LIMIT), pytest.raises(SuperviseError, match=r"was not found within 0\.05 s") as told:
+            await executor.execute(looking_for("x", root), lambda event: None)
+        assert not isinstance(told.value, BadInput)
+        assert str(root) in str(told.value)
+    assert slow.times == 1

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 
 from supervise.catalogue import catalogue as module
 from supervise.catalogue.catalogue import Catalogue, Lookup, Match, Script
-from supervise.errors import BadInput
+from supervise.catalogue.header import Header
+from supervise.errors import BadInput, SuperviseError
 from supervise.settings import Settings
 
 
@@ -294,8 +298,100 @@ def test_a_directory_that_was_named_and_cannot_be_read_is_told(tmp_path: Path, k
     catalogue = Catalogue.read([bad, tmp_path / "good"])
     assert [script.name for script in catalogue.scripts] == ["x"]
     assert str(bad) in catalogue.troubles[0]
-    with pytest.raises(BadInput, match=str(bad)):
-        catalogue.find("y")
+    assert found_out(catalogue.find, "y") == (SuperviseError, True)
+    assert str(bad) in told_by(catalogue.find, "y")
+
+
+# --- trouble that passes -----------------------------------------------------------------------------------
+
+
+def told_by(find: Callable[[str], Script], name: str) -> str:
+    with pytest.raises(SuperviseError) as told:
+        find(name)
+    return str(told.value)
+
+
+def found_out(find: Callable[[str], Script], name: str) -> tuple[type[Exception], bool]:
+    """What looking for a script that is not found raises, and whether it says that this is not known."""
+    with pytest.raises(SuperviseError) as told:
+        find(name)
+    return type(told.value), "is not known" in str(told.value)
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, function: str, wanted: Path, number: int) -> None:
+    """A function of `os` that refuses one path, or all descriptors."""
+    real = getattr(os, function)
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(path, int) or str(path) == str(wanted):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(module.os, function, refuse)
+
+
+@pytest.mark.parametrize(
+    ("function", "file", "number"),
+    [
+        ("open", "b.sh", errno.EMFILE),
+        ("open", "b.sh", errno.ENFILE),
+        ("open", "b", errno.ESTALE),
+        ("read", "b.sh", errno.EIO),
+        ("scandir", "", errno.EMFILE),
+        ("stat", "", errno.ESTALE),
+        ("scandir", "sub", errno.EACCES),
+        ("open", "b.sh", errno.ENOENT),  # it went away between two looks: all may be going away
+    ],
+)
+def test_a_script_that_is_not_seen_for_trouble_of_the_machine_is_not_called_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, file: str, number: int
+) -> None:
+    put(tmp_path / (file if file.startswith("b") else "b.sh"))
+    put(tmp_path / "sub" / "c.sh")
+    lookup = Lookup([tmp_path])
+    with monkeypatch.context() as patch:
+        refusing(patch, function, tmp_path / file, number)
+        wanted = "c" if file == "sub" else "b"
+        assert found_out(Catalogue.read([tmp_path]).find, wanted) == (SuperviseError, True)
+        assert found_out(lookup.find, wanted) == (SuperviseError, True)
+        if number != errno.ENOENT:
+            assert os.strerror(number) in told_by(lookup.find, wanted)
+    assert lookup.find("b").obstacle == ""
+    assert found_out(lookup.find, "x") == (BadInput, False)
+
+
+def test_a_script_that_nobody_may_read_is_so_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "a.sh")
+    put(tmp_path / "b")
+    for file in ("a.sh", "b"):
+        refusing(monkeypatch, "open", tmp_path / file, errno.EACCES)
+    catalogue = Catalogue.read([tmp_path])
+    assert "Permission denied" in catalogue.find("a").obstacle
+    assert found_out(catalogue.find, "b") == (BadInput, False)
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_a_directory_that_was_full_and_is_empty_or_gone_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default: bool
+) -> None:
+    """It is being replaced, or the file system that is mounted there is not."""
+    monkeypatch.chdir(tmp_path)
+    directories = Settings().script_dirs if default else (tmp_path / "empty", tmp_path / "scripts")
+    (tmp_path / "empty").mkdir()
+    lookup = Lookup(directories, max_age=0.0)
+    (tmp_path / "scripts").mkdir()
+    assert found_out(lookup.find, "a") == (BadInput, False)  # nothing was there so far
+    put(tmp_path / "scripts" / "sub" / "a.sh")
+    assert lookup.find("a").name == "a"
+    (tmp_path / "scripts").rename(tmp_path / "away")
+    assert found_out(lookup.find, "a") == (SuperviseError, True)
+    (tmp_path / "scripts").mkdir()
+    assert found_out(lookup.find, "a") == (SuperviseError, True)
+    assert str(tmp_path / "scripts") in told_by(lookup.find, "a")
+    (tmp_path / "scripts").rmdir()
+    (tmp_path / "away").rename(tmp_path / "scripts")
+    assert lookup.find("a").name == "a"
+    assert found_out(lookup.find, "b") == (BadInput, False)
 
 
 # --- finding -----------------------------------------------------------------------------------------------
@@ -320,6 +416,26 @@ def test_the_nearest_name_is_told(tmp_path: Path) -> None:
         Catalogue.read([tmp_path]).find("backup-bd")
     with pytest.raises(BadInput, match="supervise scripts list"):
         Catalogue.read([tmp_path]).find("x" * 100_000)
+
+
+@pytest.mark.parametrize("wrong", ["xeploy-0123-north", "deploy-01x23-north", "deploy-0123-nort"])
+def test_among_very_many_names_the_nearest_is_found_without_comparing_all(
+    monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    compared: list[int] = []
+    real = difflib.get_close_matches
+
+    def counting(word: str, possibilities: Any, *args: Any, **kwargs: Any) -> list[str]:
+        compared.append(len(possibilities))
+        return real(word, possibilities, *args, **kwargs)
+
+    monkeypatch.setattr(module.difflib, "get_close_matches", counting)
+    names = [f"deploy-{number:04}-north" for number in range(3000)]
+    made = [Script(name=name, path=name, place=name, header=Header(), executable=True) for name in names]
+    with pytest.raises(BadInput, match=r"did you mean 'deploy-0123-north'\?"):
+        Catalogue(scripts=tuple(made)).find(wrong)
+    assert compared
+    assert max(compared) <= module.MOST_COMPARED
 
 
 def test_two_scripts_of_one_name_are_refused_with_both_paths(tmp_path: Path) -> None:
@@ -460,6 +576,44 @@ def test_a_lookup_believes_itself_no_longer_than_it_says(tmp_path: Path, monkeyp
     with pytest.raises(BadInput, match="2 scripts"):
         lookup.find("a")
     assert reads.times == 2
+
+
+def test_what_was_read_since_somebody_asked_is_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = Counted(monkeypatch)
+    put(tmp_path / "a.sh")
+    lookup = Lookup([tmp_path], max_age=0.0)
+    asked = module.time.monotonic()
+    for _ in range(3):
+        assert lookup.find("a", asked).name == "a"
+        assert found_out(lambda name: lookup.find(name, asked), "b") == (BadInput, False)
+    assert reads.times == 1
+    assert lookup.find("a").name == "a"
+    assert reads.times == 2
+
+
+def test_what_takes_long_to_be_read_is_believed_as_long_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be too old for all who waited for it in vain, and it would be read for ever."""
+    clock = [100.0]
+    times = 0
+    real = module._Reading.walk
+
+    def walk(reading: module._Reading, root: str) -> None:
+        nonlocal times
+        times += 1
+        clock[0] += 40.0
+        real(reading, root)
+
+    monkeypatch.setattr(module._Reading, "walk", walk)
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    put(tmp_path / "a.sh")
+    lookup = Lookup([tmp_path])
+    lookup.find("a")
+    clock[0] += 39.0
+    lookup.find("a")
+    assert times == 1
+    clock[0] += 2.0
+    lookup.find("a")
+    assert times == 2
 
 
 def test_the_default_of_the_setting_is_the_directory_that_may_be_missing() -> None:

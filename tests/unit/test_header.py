@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -237,7 +239,11 @@ def test_a_timeout_has_a_unit_or_is_in_seconds(text: str, seconds: float) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["soon", "0", "-5", "0s", "1e999", "9e307h", "nan", "inf", "5 d", "1:30", "٣", "1_0", "5s # more", "1 2"]
+    "text",
+    [
+        *("soon", "0", "-5", "0s", "1e999", "9e307h", "nan", "inf", "5 d", "1:30", "٣", "1_0", "5s # more", "1 2"),
+        *("5.", ".", "1.2.3", "1e", "1e+", "1em", "e5", "5 ss"),
+    ],
 )
 def test_a_timeout_that_is_none_is_a_problem_with_its_line_and_the_rule(text: str) -> None:
     header = parse(f"#!/bin/sh\n# task_class: FAST_SCRIPT\n# timeout: {text}\n")
@@ -300,3 +306,46 @@ def test_the_example_of_the_page_about_scripts_is_understood() -> None:
     header = parse(example)
     assert header.problems == ()
     assert all((header.name, header.description, header.inputs, header.outputs, header.tags, header.limit))
+
+
+def test_a_timeout_that_is_too_long_to_be_one_is_a_problem() -> None:
+    assert parse(f"# timeout: {'1' * 64}\n").timeout == float("1" * 64)
+    header = parse(f"# timeout: {'1' * 65}\n")
+    assert header.timeout is None
+    assert "but must be seconds" in header.limit_problem
+
+
+#: Of any length, and each of a kind that a search which tries again and again would be slow with.
+HOSTILE: dict[str, Callable[[int], str]] = {
+    "digits": lambda n: "# timeout: " + "1" * n + "!",
+    "digits around a point": lambda n: "# timeout: " + "1" * (n // 2) + "." + "1" * (n // 2) + "!",
+    "an exponent": lambda n: "# timeout: 1e" + "1" * n + "!",
+    "a far unit": lambda n: "# timeout: 1" + " " * n + "s",
+    "a number in pieces": lambda n: "# timeout: 1\n" + "# 1\n" * (n // 4),
+    "slashes": lambda n: "/" * n,
+    "hashes": lambda n: "#" * n,
+    "blanks": lambda n: " " * n + "x",
+    "blanks in a comment": lambda n: "# " + " \t" * (n // 2) + "x",
+    "no colon": lambda n: "# " + "x" * n,
+    "a long key": lambda n: "# " + "a-_ " * (n // 4) + ":",
+    "keys": lambda n: "# a:\n# name: x\n" * (n // 14),
+    "continuations": lambda n: "# name: a\n" + "# b\n" * (n // 4),
+    "a rule": lambda n: "# name: a\n#" + "-" * n + "x",
+    "blanks after a rule": lambda n: "# name: a\n# ---" + " " * n + "x",
+    "commas": lambda n: "# tags: " + "," * n,
+    "tags": lambda n: "# tags: " + ",".join(map(str, range(n // 5))),
+    "brackets": lambda n: "# tags: " + "[" * (n // 2) + "]" * (n // 2),
+    "a class": lambda n: "# task_class: " + "A_" * (n // 2),
+    "a class that grows": lambda n: "# task_class: " + "ß" * n,
+    "control characters": lambda n: "# name: " + "\x1b" * n,
+    "line ends": lambda n: "\r\n" * (n // 2),
+}
+
+
+@pytest.mark.parametrize("shape", HOSTILE)
+def test_no_header_takes_long(shape: str) -> None:
+    """One that does would hold up everybody: matching lets no other thread run. They take some milliseconds."""
+    for size in (4 * 1024, 16 * 1024):  # no more of a file is read
+        began = time.thread_time()
+        parse(HOSTILE[shape](size))
+        assert time.thread_time() - began < 0.5
