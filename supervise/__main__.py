@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ def _run() -> int:
     from supervise.errors import MissingExtra
 
     mend_standard_streams()
+    gc.disable()  # what is imported stays: looking for garbage in it is a tenth of a short command
     for package in ("cyclopts", "rich", "structlog", "typed_settings"):
         if find_spec(package) is None:  # not imported: the help needs the half of them
             print(f"supervise: {MissingExtra('the command line', 'cli', package.replace('_', '-'))}", file=sys.stderr)

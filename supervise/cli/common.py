@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -78,13 +79,14 @@ def seconds(text: str | None) -> float | str | None:
     return float(text) if text is not None and re.fullmatch(r"[-+]?[0-9]{1,15}(\.[0-9]*)?", text) else text
 
 
-def in_trio(function: Any, *args: Any, settings: Settings | None = None) -> int:
+def in_trio(function: Any, *args: Any, settings: Settings | None = None, brief: bool = False) -> int:
     """Run the doing of a command, and return its exit code.
 
     Args:
         function: async; it gets `args`, and `console`, on which people look (standard error).
         args: its own.
         settings: how to tell (`log.format`, `log.level`); for people if absent.
+        brief: it ends as soon as it can, so that garbage is not worth a look.
     """
     import trio
 
@@ -93,6 +95,9 @@ def in_trio(function: Any, *args: Any, settings: Settings | None = None) -> int:
     from supervise.cli.told import console_for
     from supervise.secrets import Masker
 
+    if not brief:  # see __main__
+        gc.freeze()
+        gc.enable()
     hide_environment()
     screen = Screen(sys.stderr)
     with console_for(cast("TextIO", screen), settings, Masker(secrets)) as console:

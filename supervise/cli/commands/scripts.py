@@ -52,7 +52,7 @@ def list_all(*, dir: Dirs = None, set: Set = None, config: Config = None, json: 
     from supervise.cli import scripts as command
 
     settings = settings_of(config, set, {"script_dirs": _paths(dir)})
-    return in_trio(command.list_all, settings, json, settings=settings)
+    return in_trio(command.list_all, settings, json, settings=settings, brief=True)
 
 
 def search(
@@ -71,7 +71,7 @@ def search(
     from supervise.cli import scripts as command
 
     settings = settings_of(config, set, {"script_dirs": _paths(dir)})
-    return in_trio(command.search, settings, query, json, settings=settings)
+    return in_trio(command.search, settings, query, json, settings=settings, brief=True)
 
 
 def show(name: Name, /, *, dir: Dirs = None, set: Set = None, config: Config = None, json: OneObject = False) -> int:
