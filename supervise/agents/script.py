@@ -86,7 +86,7 @@ class ScriptAgent:
     async def run(self, run: AgentRun) -> None:
         """See `Agent.run`."""
         stdin = run.spec.prompt if self.stdin is None else self.stdin
-        command = run.command((self.path, *self.args), stdin=stdin.encode("utf-8", "replace"))
+        command = run.command((self.path, *self.args), stdin=_bytes(stdin))
         streams = (_Stream(run, "stdout"), _Stream(run, "stderr"))
         child: Child | None = None
         ended = False
@@ -173,6 +173,14 @@ class _Stream:
 def _quoted(path: str) -> str:
     """For a shell; one that would steer a terminal as Python writes it."""
     return shlex.quote(path) if path.isprintable() else repr(path)
+
+
+def _bytes(text: str) -> bytes:
+    """Bytes that were no UTF-8 when they came are what they were."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # other lone surrogates, out of JSON
+        return text.encode("utf-8", "replace")
 
 
 def _has_mode(path: str) -> bool:

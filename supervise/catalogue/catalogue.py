@@ -181,7 +181,7 @@ class Catalogue:
             SuperviseError: there is none, but not all could be read: there may be one.
         """
         found = self.named(name)
-        if len(found) == 1:
+        if len({os.path.realpath(script.path) for script in found}) == 1:  # a link beside its file is no second script
             return found[0]
         if found:
             paths = ", ".join(shown(script.path) for script in found[:MOST_TOLD])
@@ -197,9 +197,10 @@ class Catalogue:
         raise BadInput(f"there is no script {name!r} in the catalogue{trouble}; {meant}")
 
     def named(self, name: str) -> list[Script]:
-        """All scripts of this name, or else at this place."""
+        """All scripts of this name, or else at this place: in the catalogue, or from the working directory on."""
         by_name = [script for script in self.scripts if script.name == name]
-        return by_name or [script for script in self.scripts if name in (script.place, script.path)]
+        here = os.path.abspath(name) if "/" in name and "\0" not in name else ""
+        return by_name or [script for script in self.scripts if script.place == name or script.path == here]
 
     def search(self, query: str) -> list[Match]:
         """The scripts whose name, description or one of whose tags holds `query`, whatever the case of its letters.

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import stat
+import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple, final
@@ -20,7 +21,7 @@ from rich.style import Style
 from supervise.catalogue.catalogue import Catalogue, Match, Script, Spans
 from supervise.cli import exit_codes
 from supervise.cli.stdout import Stdout, put_out
-from supervise.cli.streams import SPELL
+from supervise.cli.streams import SPELL, on_terminal
 from supervise.cli.view import say
 from supervise.codec import to_line
 from supervise.events import AgentOutput, Event, OutputTruncated
@@ -78,7 +79,7 @@ async def list_all(settings: Settings, json: bool, *, console: Console) -> int:
     code = await _put_list(matches, json)
     if code == exit_codes.COMPLETED:
         say(console, f"supervise: {_count(len(matches))}{_marked(matches)}", "dim")
-    return code
+    return code or _code(catalogue)
 
 
 async def search(settings: Settings, query: str, json: bool, *, console: Console) -> int:
@@ -91,7 +92,7 @@ async def search(settings: Settings, query: str, json: bool, *, console: Console
         of = f"{len(matches)} of {_count(len(catalogue.scripts))}"
         match = "matches" if len(matches) == 1 else "match"
         say(console, f"supervise: {of} {match} {_printable(query)!r}{_marked(matches)}", "dim")
-    return code
+    return code or _code(catalogue)
 
 
 async def show(settings: Settings, name: str, json: bool, *, console: Console) -> int:
@@ -157,7 +158,7 @@ async def run(settings: Settings, wanted: Wanted, json: bool, *, console: Consol
                 written = await stdout.json_lines(events)
             else:
                 printed = _Printed(directory / "agent.stdout.log", settings)
-                seen = printed.followed(events, not console.is_terminal)
+                seen = printed.followed(events, not on_terminal(console.file))
                 await follow(seen, console, f"supervise scripts run · {job.job_id}")
                 result = await job.result()
                 written = await printed.put(result.text, stdout)
@@ -212,6 +213,11 @@ def _tell_troubles(catalogue: Catalogue, console: Console) -> None:
         say(console, f"supervise: {catalogue.hint}", "yellow")
 
 
+def _code(catalogue: Catalogue) -> int:
+    """Nothing where something was to be found, and could not be read, is a failure."""
+    return exit_codes.FAILED if catalogue.troubles and not catalogue.scripts else exit_codes.COMPLETED
+
+
 def _count(count: int) -> str:
     return f"{count} script{'' if count == 1 else 's'}"
 
@@ -244,7 +250,8 @@ def _told(script: Script) -> dict[str, Any]:
 async def _put_list(matches: Sequence[Match], json: bool) -> int:
     if json:
         return await put_out(b"".join(to_line(_told(match.script)) for match in matches))
-    out = Console()
+    # A pipe is no terminal to a table, whatever the colours are to be.
+    out = Console() if on_terminal(sys.stdout) else Console(force_terminal=False)
     return await put_out(draw(matches, out).encode(out.encoding, SPELL))
 
 
@@ -276,14 +283,14 @@ def draw(matches: Sequence[Match], out: Console) -> str:
             for name, description, tags in ((_Cell(HEADS[0]), _Cell(HEADS[1]), _Cell(HEADS[2])), *rows)
         ]
         return "".join(lines)
-    widths = _fitted(natural, out.width)
+    shown = next((count for count in (3, 2) if out.width >= sum(LEAST[:count]) + len(GAP) * (count - 1)), 1)
+    widths = _fitted(natural[:shown], out.width)
     bold, hit, bad = (_painter(out, style) for style in ("bold", "bold yellow", "bold red"))
-    lines = [
-        _line([(head, bold(head)) for head in (_cut(h, w)[0] for h, w in zip(HEADS, widths, strict=True))], widths)
-    ]
+    heads = [_cut(head, width)[0] for head, width in zip(HEADS, widths, strict=False)]
+    lines = [_line([(head, bold(head)) for head in heads], widths)]
     for row in rows:
         parts = []
-        for cell, width in zip(row, widths, strict=True):
+        for cell, width in zip(row, widths, strict=False):  # what has no room is left out
             text, kept = _cut(cell.text, width - len(cell.mark))
             painted = _highlighted(text, kept, cell.spans, hit) if cell.spans else text
             parts.append((text + cell.mark, painted + bad(cell.mark) if cell.mark else painted))
@@ -310,8 +317,11 @@ def _fitted(natural: Sequence[int], width: int) -> list[int]:
     room = width - len(GAP) * (len(natural) - 1)
     if sum(natural) <= room:
         return list(natural)
+    if len(natural) < len(HEADS):
+        name = min(natural[0], max(LEAST[0], room * 2 // 5)) if len(natural) > 1 else room
+        return [name, room - name][: len(natural)]
     name = min(natural[0], max(LEAST[0], room * 2 // 5))
-    tags = min(natural[2], max(LEAST[2], room // 4))
+    tags = min(natural[2], max(LEAST[2], min(room // 4, room - LEAST[0] - LEAST[1])))
     description = max(LEAST[1], min(natural[1], room - name - tags))
     name = min(natural[0], max(name, room - description - tags))
     return [name, description, min(natural[2], max(tags, room - name - description))]
@@ -400,9 +410,9 @@ class _Printed:
             return await self._put_tail(tail, f"the log {self._path} cannot be read: {error.strerror}", stdout)
         try:
             self.missing = await _read_in_time(self._gap, descriptor)
-            at = 0
+            at, last = 0, b"\n"
             while data := await _read_in_time(os.pread, descriptor, CHUNK, at):
-                at += len(data)
+                at, last = at + len(data), data[-1:]
                 if not await stdout.text(_for(decoder, data)):
                     return False
                 if stdout.closed:
@@ -411,7 +421,9 @@ class _Printed:
             self.missing = f"the log {self._path} cannot be read to its end: {error.strerror}"
         finally:
             os.close(descriptor)
-        return await stdout.text(_for(decoder, b"", final=True))
+        # What comes next on a terminal begins its own line; elsewhere each byte is the script's.
+        end = b"\n" if decoder is not None and last != b"\n" else b""
+        return await stdout.text(_for(decoder, b"", final=True) + end)
 
     async def _put_tail(self, tail: str, trouble: str, stdout: Stdout) -> bool:
         data = tail.encode("utf-8", "replace")

@@ -501,7 +501,7 @@ async def test_letters_that_are_cut_are_seen_on_a_terminal(command: Command, mon
     monkeypatch.setattr(scripts.os, "isatty", lambda descriptor: True)
     put(command.scripts / "x.sh", "#!/bin/sh\nprintf 'a\\303\\274\\033b\\303'\n")
     assert await command(scripts.run, wanted("x"), False) == exit_codes.COMPLETED
-    assert command.out.decode() == "aü b\ufffd"
+    assert command.out.decode() == "aü b\ufffd\n"  # and what comes next begins its own line
 
 
 @contextmanager
@@ -580,3 +580,36 @@ def test_the_commands_do_all_this(root: Root) -> None:
     assert closed.err.count("\n") == 1
     assert "chmod +x" in closed.err
     assert (said.code, said.out) == (0, "--fast a b\nin")
+
+
+async def test_where_no_script_could_be_read_that_is_a_failure(command: Command, tmp_path: Path) -> None:
+    command.settings = evolve(command.settings, script_dirs=(tmp_path / "gone",))
+    assert await command(scripts.list_all, False) == exit_codes.FAILED
+    assert "gone cannot be read: No such file" in command.err
+    assert await command(scripts.search, "x", True) == exit_codes.FAILED
+
+
+@pytest.mark.parametrize(("width", "heads"), [(24, 3), (22, 2), (12, 1)])
+def test_what_has_no_room_at_all_is_left_out(tmp_path: Path, width: int, heads: int) -> None:
+    put(tmp_path / "a-rather-long-name.sh", "#!/bin/sh\n# description: one two three four\n# tags: first, second\n")
+    lines = [bare(line) for line in drawn(tmp_path, width)]
+    assert max(map(len, lines)) <= width
+    assert len(lines[0].split()) == heads
+
+
+async def test_bytes_reach_a_script_as_they_are(command: Command) -> None:
+    put(command.scripts / "cat.sh", "#!/bin/sh\ncat\n")
+    data = b"\xff\x00 \xc3\xbc\n"
+    assert await command(scripts.run, wanted("cat", stdin=data.decode("utf-8", "surrogateescape")), False) == 0
+    assert command.out == data
+
+
+async def test_a_path_from_here_on_names_a_script_and_a_link_beside_it_is_no_second_one(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = put(command.scripts / "sub" / "a.sh", "#!/bin/sh\n# name: one\necho it\n")
+    (command.scripts / "link.sh").symlink_to(file)
+    monkeypatch.chdir(command.scripts.parent)
+    for name in ("one", "sub/a.sh", "scripts/sub/a.sh", "./scripts/link.sh", str(file)):
+        assert await command(scripts.run, wanted(name), False) == 0, name
+        assert command.out == b"it\n"

@@ -119,7 +119,6 @@ def run(
 
     Example: supervise scripts run nightly-report --workspace . -- --month 10
     """
-    from supervise.cli import run as jobs
     from supervise.cli import scripts as command
     from supervise.model import Limits
 
@@ -127,7 +126,7 @@ def run(
     wanted = command.Wanted(
         name=name,
         args=args,
-        stdin=jobs.read_prompt("-") if input == "-" else input,
+        stdin=_standard_input() if input == "-" else input,
         timeout=timeout,
         workspace=workspace,
         job_id=job_id,
@@ -135,6 +134,12 @@ def run(
         limits=Limits(memory_bytes=max_memory, processes=max_processes),
     )
     return in_trio(command.run, settings, wanted, json, settings=settings)
+
+
+def _standard_input() -> str:
+    """All of it; bytes that are no UTF-8 reach the script as they are."""
+    with open(0, "rb", closefd=False) as stdin:
+        return stdin.read().decode("utf-8", "surrogateescape")
 
 
 def _paths(dirs: list[Path] | None) -> str | None:
