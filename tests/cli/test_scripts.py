@@ -442,9 +442,11 @@ async def test_a_log_that_the_script_has_replaced_is_not_waited_for(
     command: Command, tmp_path: Path, plant: str
 ) -> None:
     log = tmp_path / "state" / "jobs" / "j1" / "agent.stdout.log"
-    put(command.scripts / "x.sh", f'#!/bin/sh\nLOG={log}\n{plant}\nseq 1 "$1"\n')
+    # The log is there with the first output.
+    text = f'#!/bin/sh\nLOG={log}\necho 0\nwhile [ ! -s $LOG ]; do sleep 0.01; done\n{plant}\nseq 1 "$1"\n'
+    put(command.scripts / "x.sh", text)
     assert await command(scripts.run, wanted("x", "3", job_id="j1"), False) == exit_codes.COMPLETED
-    assert command.out == b"1\n2\n3\n"  # so little is in the result, too
+    assert command.out == b"0\n1\n2\n3\n"  # so little is in the result, too
     command.settings = evolve(command.settings, tail_bytes=10)
     shutil.rmtree(log.parent)
     assert await command(scripts.run, wanted("x", "99", job_id="j1"), False) == exit_codes.FAILED
