@@ -1,6 +1,7 @@
 """Of which job, task and worker a log line tells: whatever is logged inside of `telling_of` belongs to it.
 
-What several jobs share belongs to none of them: the watch of an index tells of its workspace alone (`index`).
+What several jobs share tells of those that share it at the time: the lines of an index watch name its workspace
+(`index`), and in `job_id` all its jobs, with commas between them.
 
 Kept in a context variable, which a task inherits from the one that started it, and a thread from the task that it
 works for. `supervise.observe.logs` puts it into the lines; with a handler of your own, add `AboutFilter` to it.
@@ -9,33 +10,37 @@ works for. `supervise.observe.logs` puts it into the lines; with a handler of yo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final, final
 
 __all__ = ["NAMES", "AboutFilter", "about", "telling_of", "telling_only_of"]
 
-_about: ContextVar[Mapping[str, str] | None] = ContextVar("supervise.about", default=None)
+Name = str | Callable[[], str]
+"""A name, or who knows it at the time of each line: of what several jobs share."""
+
+_about: ContextVar[Mapping[str, Name] | None] = ContextVar("supervise.about", default=None)
 
 #: What a record may get from here.
 NAMES: Final = ("job_id", "task_id", "worker", "index")
 
 
-def about() -> Mapping[str, str]:
+def about() -> dict[str, str]:
     """What is logged here and now belongs to: some of `job_id`, `task_id`, `worker` and `index`."""
-    return _about.get() or {}
+    names = (_about.get() or {}).items()
+    return {name: value for name, told in names if (value := told if isinstance(told, str) else told())}
 
 
 @contextmanager
-def telling_of(**names: str) -> Iterator[None]:
+def telling_of(**names: Name) -> Iterator[None]:
     """Inside of the block, and in tasks that are started there, log lines also tell of these."""
-    with telling_only_of(**{**about(), **names}):
+    with telling_only_of(**{**(_about.get() or {}), **names}):
         yield
 
 
 @contextmanager
-def telling_only_of(**names: str) -> Iterator[None]:
+def telling_only_of(**names: Name) -> Iterator[None]:
     """As `telling_of`, but begins anew: for what is started by one job and outlives it."""
     token = _about.set(names)
     try:

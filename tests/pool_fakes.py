@@ -268,7 +268,9 @@ class Town:
             nursery.cancel_scope.cancel()
 
     async def _live(self, job: Played, pool: WatchPool) -> None:
-        guest = Guest(directory=Path("/"), env={}, masker=self._masker(job.name), emit=job.emit, hurry=job.hurry)
+        guest = Guest(
+            directory=Path("/") / job.name, env={}, masker=self._masker(job.name), emit=job.emit, hurry=job.hurry
+        )
         lease = pool.join(Wish(workspace=WORKSPACE, settings=job.plan.settings, user=None), guest)
         agent_ended, index_ended = trio.Event(), trio.Event()
         self.at_work.add(job.name)

@@ -22,6 +22,7 @@ from supervise.catalogue.catalogue import Catalogue, Match, Script, Spans
 from supervise.cli import exit_codes
 from supervise.cli.stdout import Stdout, put_out
 from supervise.cli.streams import SPELL, on_terminal
+from supervise.cli.told import is_screen
 from supervise.cli.view import say
 from supervise.codec import to_line
 from supervise.events import AgentOutput, Event, OutputTruncated
@@ -158,7 +159,7 @@ async def run(settings: Settings, wanted: Wanted, json: bool, *, console: Consol
                 written = await stdout.json_lines(events)
             else:
                 printed = _Printed(directory / "agent.stdout.log", settings)
-                seen = printed.followed(events, not on_terminal(console.file))
+                seen = printed.followed(events, not is_screen(console))
                 await follow(seen, console, f"supervise scripts run · {job.job_id}")
                 result = await job.result()
                 written = await printed.put(result.text, stdout)

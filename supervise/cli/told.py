@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO, final
 from rich.console import Console
 from rich.text import Text
 
+from supervise.cli.streams import on_terminal
 from supervise.observe.logs import LOGGER, CarefulHandler, formatter
 from supervise.secrets import Masker
 from supervise.settings import LogSettings, Settings
@@ -72,6 +73,11 @@ class Told(Console):
         made = logging.LogRecord(f"{LOGGER}.{name}", level_of(style), "", 0, text, None, None)
         made.__dict__.update(fields)
         self.log_line(made)
+
+
+def is_screen(console: Console) -> bool:
+    """Whether a person looks at a terminal there, on which a picture can be drawn."""
+    return on_terminal(console.file) and not (isinstance(console, Told) and console.as_json)
 
 
 def show_line(console: Console, text: Text, style: str = "", **options: Any) -> None:

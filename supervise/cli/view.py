@@ -10,6 +10,7 @@ from typing import final
 import trio
 from attrs import frozen
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -17,8 +18,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from supervise import events as e
-from supervise.cli.streams import Screen, on_terminal
-from supervise.cli.told import show_event, show_line
+from supervise.cli.streams import Screen
+from supervise.cli.told import is_screen, show_event, show_line
 from supervise.observe.describe import describe
 
 COLOURS = {"good": "green", "bad": "bold red", "warn": "yellow", "": ""}
@@ -29,7 +30,7 @@ ROWS_AROUND = 8
 
 async def follow(events: AsyncIterable[e.Event], console: Console, title: str) -> None:
     """Show events until they end, and wait until they are seen. Cancelling stops showing."""
-    if on_terminal(console.file):
+    if is_screen(console):
         await _live(events, console, title)
     else:
         await _lines(events, console)
@@ -50,7 +51,7 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 def tell(console: Console, text: str, style: str = "") -> None:
     """Words, wrapped where a person reads them on a terminal."""
-    show_line(console, Text(text, style), style, soft_wrap=not on_terminal(console.file))
+    show_line(console, Text(text, style), style, soft_wrap=not is_screen(console))
 
 
 async def _lines(events: AsyncIterable[e.Event], console: Console) -> None:
@@ -74,10 +75,10 @@ async def _live(events: AsyncIterable[e.Event], console: Console, title: str) ->
             picture.take(event)
 
 
-def framed(body: RenderableType, title: str, options: ConsoleOptions) -> Panel:
+def framed(body: RenderableType, title: str, options: ConsoleOptions) -> RenderableType:
     """A picture's frame: with room behind it for the ^C that a terminal echoes, which would begin a line else."""
     width = max(1, options.max_width - len("^C") - 1)
-    return Panel(body, title=title, title_align="left", border_style="dim", width=width)
+    return Constrain(Panel(body, title=title, title_align="left", border_style="dim"), width)
 
 
 @final

@@ -14,8 +14,7 @@ from rich.text import Text
 from supervise.cli import exit_codes
 from supervise.cli.signals import Signals
 from supervise.cli.stdout import Stdout
-from supervise.cli.streams import on_terminal
-from supervise.cli.told import show_event
+from supervise.cli.told import is_screen, show_event
 from supervise.cli.view import COLOURS, say, seen
 from supervise.cli.worker_view import WorkerPicture, draw
 from supervise.dispatch.dispatcher import Observer
@@ -40,7 +39,7 @@ async def run(name: str, settings: Settings, json: bool, *, console: Console) ->
     with ExitStack() as stack:
         stack.enter_context(signals.watch())
         emit = _metrics(settings, stack, console)
-        picture = WorkerPicture(name) if on_terminal(console.file) and not json else None
+        picture = WorkerPicture(name) if is_screen(console) and not json else None
         observe: Observer = picture.observe if picture else lambda task, event: None
         with signals.preparation:  # it may wait for its lock
             async with open_worker(name, settings=settings, emit=emit, observe=observe) as worker:

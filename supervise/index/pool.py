@@ -225,8 +225,12 @@ class SharedWatch:
         if not self._started:
             self._started = True
             # A task inherits what its log lines tell of; the job that happens to open the watch may be gone before it.
-            with telling_only_of(index=self.wish.workspace):
+            with telling_only_of(index=self.wish.workspace, job_id=self._jobs):
                 self._nursery.start_soon(self._live, name=f"index of {self.wish.workspace}")
+
+    def _jobs(self) -> str:
+        """Ids of those that share it now."""
+        return ",".join(sorted({lease.job_id for lease in tuple(self._hearers)}))
 
     @trio.lowlevel.enable_ki_protection
     async def _live(self) -> None:
@@ -283,6 +287,11 @@ class Lease:
         self._left = trio.Event()
         self._is_last = False
         self._report: IndexReport | None = None
+
+    @property
+    def job_id(self) -> str:
+        """Whose it is."""
+        return self._guest.directory.name
 
     @property
     def status(self) -> IndexStatus:

@@ -332,7 +332,7 @@ def check_picture(shown: str, columns: int) -> None:
         assert len(frame.splitlines()) < 24
     for line in said.splitlines():
         if line.startswith(("│", "╭", "╰")):
-            assert len(line) == columns, line
+            assert len(line) == columns - len("^C") - 1, line
     end = " ".join(frames[-1].split())
     assert "agent" in end
     assert "heartbeat" in end

@@ -83,8 +83,16 @@ def test_what_begins_anew_tells_nothing_of_the_job() -> None:
         with telling_only_of(index="/w"):
             log.warning("shared")
         log.warning("own")
-    shared, own = map(json.loads, lines())
+        jobs = ["j1"]
+        with telling_only_of(job_id=lambda: ",".join(jobs)):
+            log.warning("of one")
+            jobs.append("j2")
+            log.warning("of two")
+            jobs.clear()
+            log.warning("of none")
+    shared, own, of_one, of_two, of_none = map(json.loads, lines())
     assert (shared["index"], "job_id" in shared, "task_id" in shared) == ("/w", False, False)
+    assert (of_one["job_id"], of_two["job_id"], "job_id" in of_none) == ("j1", "j1,j2", False)
     assert (own["job_id"], "index" in own) == ("j1", False)
 
 
