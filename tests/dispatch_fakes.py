@@ -277,7 +277,7 @@ class Act:
 
 @attrs.define
 class Ran:
-    """An attempt that was made. `ended` is None for one that was cancelled, and of one that still is under way."""
+    """An attempt that was made. `ended` is None for one that was cancelled, `left` only while it is under way."""
 
     task_id: str
     attempt: int
@@ -285,6 +285,7 @@ class Ran:
     began: float
     ended: float | None = None
     wall: float = 0.0  # at its end
+    left: float | None = None
 
 
 class FakeExecutor:
@@ -313,6 +314,7 @@ class FakeExecutor:
                 await trio.sleep(act.seconds)
         finally:
             self.active -= 1
+            ran.left = trio.current_time()
         ran.ended = trio.current_time()
         ran.wall = self.wall.peek()
         gives = act.gives

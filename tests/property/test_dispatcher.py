@@ -298,10 +298,8 @@ def check_breaker(life: Life) -> None:
     moments: list[tuple[float, int, Ran]] = []
     for ran in life.stage.executor.ran:
         moments.append((ran.began, 1, ran))
-        if ran.ended is not None:
-            moments.append((ran.ended, 0, ran))
-        else:
-            moments.append((math.inf, 0, ran))
+        # Also one whose claim was lost is over, and another may probe.
+        moments.append((math.inf if ran.left is None else ran.left, 0, ran))
     under_way: list[Ran] = []
     for at, is_begin, ran in sorted(moments, key=lambda each: each[:2]):
         if is_begin:
