@@ -6,14 +6,14 @@ python -m supervise.cli.reference --write docs/cli.md
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from inspect import Parameter as Word
-from pathlib import Path
 from typing import Any
 
 from cyclopts import App
 
 from supervise.cli.app import EPILOGUE, app
+from supervise.cli.documents import main, with_part
 
 __all__ = ["BEGIN", "END", "Command", "commands", "reference", "with_reference"]
 
@@ -46,11 +46,7 @@ def with_reference(text: str) -> str:
     Raises:
         ValueError: the markers are not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the markers are missing: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{reference()}\n\n{END}{after}"
+    return with_part(text, BEGIN, END, reference())
 
 
 def _told(words: tuple[str, ...], command: App) -> str:
@@ -86,17 +82,5 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _main(argv: Sequence[str]) -> int:
-    if len(argv) == 2 and argv[0] == "--write":
-        path = Path(argv[1])
-        path.write_text(with_reference(path.read_text(encoding="utf-8")), encoding="utf-8")
-        return 0
-    if argv:
-        print("use: python -m supervise.cli.reference [--write FILE]", file=sys.stderr)
-        return 2
-    print(reference())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], "supervise.cli.reference", reference, with_reference))

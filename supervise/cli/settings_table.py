@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 
+from supervise.cli.documents import main, with_part
 from supervise.secrets import Secret
 from supervise.settings import Settings, home_of_user
 
@@ -61,11 +62,7 @@ def with_table(text: str) -> str:
     Raises:
         ValueError: the markers are not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the markers are missing: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{settings_table()}\n\n{END}{after}"
+    return with_part(text, BEGIN, END, settings_table())
 
 
 def example_file() -> str:
@@ -178,17 +175,5 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _main(argv: Sequence[str]) -> int:
-    if len(argv) == 2 and argv[0] == "--write":
-        path = Path(argv[1])
-        path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
-        return 0
-    if argv:
-        print("use: python -m supervise.cli.settings_table [--write FILE]", file=sys.stderr)
-        return 2
-    print(settings_table())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], "supervise.cli.settings_table", settings_table, with_table))
