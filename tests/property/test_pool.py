@@ -111,7 +111,7 @@ def check_mark(town: Town) -> None:
             assert any((end.ended or 0) >= (job.ended or 0) for end in last), "somebody has settled it after its end"
 
 
-@settings(QUIET, max_examples=60)
+@settings(QUIET, max_examples=40)
 @given(towns())
 def test_one_watch_for_all_and_nothing_is_left_of_it(parts: dict[str, Any]) -> None:
     town = play(parts)

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervise.agents.stream_json import StreamJsonParser
@@ -131,6 +131,7 @@ known_lines = st.builds(
 )
 
 
+@settings(max_examples=50)  # each holds many fields
 @given(st.lists(known_lines, max_size=4))
 def test_known_lines_with_any_fields_never_raise_and_lose_no_line(lines: list[dict[str, Any]]) -> None:
     parser = StreamJsonParser()
@@ -278,13 +279,14 @@ def test_a_line_too_long_takes_no_more_memory_than_a_line_allowed(chunk: int) ->
 
 def test_many_small_pieces_of_one_line_take_no_more_memory_than_it() -> None:
     parser = StreamJsonParser()
+    size = MIB // 4
 
     def work() -> None:
-        for _ in range(MIB // 2):
+        for _ in range(size // 2):
             parser.feed(b"xy")
 
     peak, _ = memory(work)
-    assert peak < MIB * 5 // 4 + 64 * 1024
+    assert peak < size * 5 // 4 + 64 * 1024
 
 
 def test_a_long_line_below_the_limit_is_one_event_and_leaves_nothing_behind() -> None:

@@ -56,7 +56,7 @@ def test_each_event_comes_back_from_json(name: str) -> None:
     cls = EVENT_TYPES[name]
     assert getattr(events, cls.__name__) is cls  # not the class that attrs replaced by the one with slots
 
-    @settings(max_examples=40)  # there are many types
+    @settings(max_examples=30)  # there are many types
     @given(strategies.events_of(cls))
     def comes_back(event: Event) -> None:
         line = to_line(event_to_json(event))

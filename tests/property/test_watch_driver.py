@@ -477,7 +477,7 @@ def check_mark(run: Drive, scene: Scene) -> None:
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(QUIET, max_examples=150)
+@settings(QUIET, max_examples=120)
 @given(scenes)
 def test_what_becomes_of_the_index(scene: Scene) -> None:
     event(check(scene))

@@ -33,7 +33,7 @@ def test_every_event_can_be_told(event: e.Event, workspace: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(e.EVENT_TYPES))
 def test_each_type_can_be_told(name: str) -> None:
-    @settings(max_examples=30)  # there are many types
+    @settings(max_examples=20)  # there are many types
     @given(events_of(e.EVENT_TYPES[name]))
     def told(event: e.Event) -> None:
         check(event)

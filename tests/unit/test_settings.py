@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
@@ -638,27 +637,3 @@ def test_without_typed_settings_the_extra_is_named(home: Path, monkeypatch: pyte
         load(home)
     assert issubclass(MissingExtra, SuperviseError)
     assert Settings().kill_wait == 5.0  # the values themselves need nothing
-
-
-def test_a_type_checker_allows_what_the_converters_do() -> None:
-    pytest.importorskip("mypy")
-    program = """
-from supervise import AgentReport, AgentSettings, IndexSettings, Settings
-from supervise.settings import HttpSettings, WorkerSettings
-AgentSettings(command="x", pass_env=["A"])
-IndexSettings(command="cidx", voyage_api_key="x")
-Settings(state_dir="/tmp/x", http=HttpSettings(token="x"))
-WorkerSettings(root="/x", workspaces=["/x"], lock_file=None)
-AgentReport(failure_kind="auth")
-Settings(state_dir=7)
-"""
-    # A process of its own: mypy raises the recursion limit of the one that it runs in.
-    words = ("--strict", "--config-file=", f"--cache-dir={os.devnull}", "-c", program.strip())
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", *words], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.stderr == ""
-    assert [line.partition(":")[2] for line in done.stdout.splitlines()[:-1]] == [
-        '8: error: Argument "state_dir" to "Settings" has incompatible type "int"; '
-        'expected "str | PathLike[str]"  [arg-type]'
-    ]
