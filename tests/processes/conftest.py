@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.processes.workers import Files
 
 #: In the environment of whatever a test starts.
 TOKEN = "SUPERVISE_TEST_TOKEN"
@@ -92,3 +96,16 @@ def leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaks]:
     for pid in leaks.processes():
         os.kill(pid, signal.SIGKILL)
     assert not found, "left behind: " + "; ".join(found)
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """Of a worker; in memory if that can be had: each task is on the disk several times before it has ended."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def files(root: Path) -> Files:
+    return Files(root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -247,18 +246,6 @@ def test_a_spec_with_a_script_goes_through_json(tmp_path: Path) -> None:
 # --- the worker --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def root() -> Iterator[Path]:
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as path:
-        yield Path(path)
-
-
-@pytest.fixture
-def files(root: Path) -> Files:
-    return Files(root)
-
-
 def with_scripts(root: Path, **changes: Any) -> Settings:
     (root / "scripts").mkdir(exist_ok=True)
     return evolve(settings_of(root, **changes), script_dirs=(root / "scripts",))
@@ -477,9 +464,8 @@ async def test_a_catalogue_that_takes_long_to_read_holds_up_nobody_else(files: F
             files.drop("other")
             assert (await files.ended("other"))["status"] == "completed"
             assert files.result("script") is None
-            with trio.fail_after(LIMIT):  # a result is there a little before its task is no longer active
-                while worker.active_tasks != ("script",):
-                    await trio.sleep(0.01)
+            # A result is there a little before its task is no longer active.
+            await eventually(lambda: worker.active_tasks == ("script",), "the script alone at work")
         finally:
             slow.may_end.set()
         assert (await files.ended("script"))["status"] == "completed"

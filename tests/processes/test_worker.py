@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,19 +40,6 @@ from supervise.settings import AgentSettings, BreakerSettings, IndexSettings
 from tests.processes.fake_cidx import FakeCidx
 from tests.processes.lone import Programs
 from tests.processes.workers import WORKER, Files, Gate, eventually, made_up, playing, settings_of, status, task
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    """In memory if that can be had: each task is on the disk several times before it has ended."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as path:
-        yield Path(path)
-
-
-@pytest.fixture
-def files(root: Path) -> Files:
-    return Files(root)
 
 
 def kinds(events: list[Event]) -> list[str]:

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,14 +27,6 @@ def run(*command: str | Path) -> str:
     """Why a command failed; empty if it did not."""
     done = subprocess.run([*command], capture_output=True, text=True, check=False)
     return done.stderr.strip() if done.returncode else ""
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    """In memory if that can be had: each task is on the disk several times before it has ended."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as path:
-        yield Path(path)
 
 
 @pytest.fixture

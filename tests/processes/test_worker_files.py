@@ -6,10 +6,9 @@ import os
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,6 @@ from supervise.settings import BreakerSettings
 from tests.processes.lone import NOBODY, python_for_nobody
 from tests.processes.lone_worker import lone_worker
 from tests.processes.workers import WORKER, Files, Gate, eventually, playing, settings_of, status, task
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    """In memory if that can be had: each task is on the disk several times before it has ended."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as path:
-        yield Path(path)
-
-
-@pytest.fixture
-def files(root: Path) -> Files:
-    return Files(root)
 
 
 async def refused(
